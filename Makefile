@@ -1,0 +1,30 @@
+PYTHON ?= python3
+BIN := .venv/bin
+.PHONY: venv bench test test-slow lint test-gpu bench-gpu
+
+venv: .venv/.installed
+
+.venv/.installed: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+bench: venv
+	$(BIN)/python benchmarks/throughput.py --arch swin_l
+
+test: venv
+	$(BIN)/python -m pytest
+
+test-slow: venv
+	$(BIN)/python -m pytest -m slow
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test-gpu: venv
+	$(BIN)/python -m pytest -m gpu
+
+bench-gpu: venv
+	$(BIN)/python benchmarks/throughput.py --arch swin_l --device cuda --json benchmarks/results/throughput_swin_l.json
