@@ -72,6 +72,7 @@ class Block(nn.Module):
         self.config = config
         self.drop_rate = drop_rate
         self.has_temporal = has_temporal and (config.use_temporal or config.temporal_without_adapter)
+        self.parallel_adapter = False
         self.gate_v = nn.Parameter(torch.zeros(1))
         self.gate_a = nn.Parameter(torch.zeros(1))
         steps = [("T_Adapter", has_temporal and config.use_temporal), (self.SPATIAL, config.use_spatial)]
@@ -284,6 +285,8 @@ class SwinBlock(Block):
         dim = backbone.width(stage)
         has_temporal = index % 2 == 0
         super().__init__(config, dim, config.adapter_width(stage), has_temporal, drop_rate)
+        # The published one-stream Swin has an older FFN adapter: beside the FFN, at half scale, dropped frame by frame.
+        self.parallel_adapter = config.use_global and len(config.modalities) == 1
         self.resolution, self.window, self.shift = backbone.resolution(stage), backbone.window, backbone.shift(stage, index)
         self.spatial_window = WindowGrid(self.resolution, self.resolution, self.window, self.shift)
         self.norm1 = LayerNorm(dim)
@@ -323,9 +326,8 @@ class SwinBlock(Block):
         return self.mlp(self.norm2(x))
 
     def global_step(self, streams: dict[str, Tensor]) -> dict[str, Tensor]:
-        if len(self.config.modalities) == 2 or not self.config.use_global:
+        if not self.parallel_adapter:
             return super().global_step(streams)
-        # The published one-stream Swin has an older FFN adapter: beside the FFN, at half scale, dropped frame by frame.
         ((modality, x),) = streams.items()
         y = self.norm2(x)
         parallel = 0.5 * adapter(y, self._params(self.GLOBAL, modality))

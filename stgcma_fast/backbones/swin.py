@@ -1,0 +1,72 @@
+"""The fast way through a Swin backbone: patch embedding, stages, patch merging."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops
+from ..blocks import FrozenLayers, Runner, Streams, forward_block
+from ..ops.dispatch import Impl
+from ..ops.linear import linear
+from ..reference.model import PatchMerging, SwinBlock
+
+
+def frozen_layers(block: SwinBlock, impl: Impl) -> FrozenLayers:
+    """The frozen weights of a block, and its attention with the bias gathered once."""
+    bias, side = block.attn.window_bias(), block.resolution
+
+    def attention(qkv: Tensor) -> Tensor:
+        out = ops.window_attention(
+            qkv.unflatten(1, (side, side)),
+            bias,
+            window=block.window,
+            shift=block.shift,
+            scale=qkv.shape[-1] ** -0.5,
+            mask=block.attn_mask,
+            impl=impl,
+        )
+        return out.flatten(1, 2)
+
+    return FrozenLayers(
+        norm1=(block.norm1.weight, block.norm1.bias),
+        qkv=(block.attn.qkv.weight, block.attn.qkv.bias),
+        proj=(block.attn.proj.weight, block.attn.proj.bias),
+        norm2=(block.norm2.weight, block.norm2.bias),
+        fc1=(block.mlp.fc1.weight, block.mlp.fc1.bias),
+        fc2=(block.mlp.fc2.weight, block.mlp.fc2.bias),
+        heads=block.attn.heads,
+        activation=block.mlp.act,
+        attention=attention,
+        temporal_bias=block.attn.temporal_bias,
+        drop_shape=lambda x: (x.shape[0], 1, x.shape[2], 1),
+    )
+
+
+def _forward_block(block: SwinBlock, streams: Streams, run: Runner) -> Streams:
+    return forward_block(block, frozen_layers(block, run.impl), streams, run)
+
+
+def _merge(layer: PatchMerging, x: Tensor, side: int, impl: Impl) -> Tensor:
+    """2 x 2 neighbours to one token: ``[B, T, S, C]`` to ``[B, T, S / 4, 2 C]``."""
+    grid = x.unflatten(2, (side // 2, 2, side // 2, 2)).permute(0, 1, 2, 4, 5, 3, 6)
+    normed = ops.layer_norm(grid.flatten(4).flatten(2, 3), layer.norm.weight, layer.norm.bias, impl=impl)
+    return linear(normed, layer.reduction.weight)
+
+
+def features(model: nn.Module, images: Streams, run: Runner, checkpointing: bool) -> Streams:
+    """One feature ``[B * T, C]`` a stream from images ``[B, T, c, height, width]``: the mean of the normalized tokens."""
+    embeds = {"visual": model.patch_embed, "audio": model.patch_embed_audio}
+    streams = {m: embeds[m](x.transpose(1, 2)) for m, x in images.items()}
+    for stage, layer in enumerate(model.layers):
+        for block in layer.blocks:
+            if checkpointing and torch.is_grad_enabled():
+                streams = checkpoint(_forward_block, block, streams, run, use_reentrant=False)
+            else:
+                streams = _forward_block(block, streams, run)
+        if layer.downsample is not None:
+            side = model.config.backbone.resolution(stage)
+            streams = {m: _merge(layer.downsample, x, side, run.impl) for m, x in streams.items()}
+    norm = model.norm
+    return {m: ops.layer_norm(x, norm.weight, norm.bias, impl=run.impl).mean(2).flatten(0, 1) for m, x in streams.items()}
