@@ -9,30 +9,36 @@ from torch import Tensor
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
-def _conv_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # A 1 x 1 convolution over a channels-last "image" of rows x 1 pixels: same product, same layout, nothing is copied.
-    image = x.view(1, len(x), 1, -1).permute(0, 3, 1, 2)
-    return F.conv2d(image, weight[:, :, None, None], bias).permute(0, 2, 3, 1).view(len(x), -1)
+def _image(rows: Tensor) -> Tensor:
+    # Rows [N, D] as a channels-last image of N x 1 pixels, without a copy: a 1 x 1 convolution of it is the matrix product.
+    return rows.view(1, len(rows), 1, -1).permute(0, 3, 1, 2)
+
+
+def _rows(image: Tensor) -> Tensor:
+    return image.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _conv_gradients(grad: Tensor, x: Tensor | None, weight: Tensor, wanted: tuple[bool, bool, bool]) -> tuple:
+    # Where only the input's gradient is wanted the input itself is not read, but its layout decides that of the result.
+    x = grad.new_empty(len(grad), weight.shape[1]) if x is None else x
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        _image(grad), _image(x), weight[:, :, None, None], [len(weight)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted
+    )
+    return _rows(grad_x) if wanted[0] else None, grad_weight.flatten(1) if wanted[1] else None, grad_bias
 
 
 class _OneDnnLinear(torch.autograd.Function):
-    """``x [N, D] @ weight.T + bias`` by oneDNN; keeps ``x`` only where the weight is trained."""
+    """``x [N, D] @ weight.T + bias`` by oneDNN's convolutions; keeps ``x`` only where the weight is trained."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
-        return _conv_linear(x, weight, bias)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return _rows(F.conv2d(_image(x), weight[:, :, None, None], bias))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        return (
-            _conv_linear(grad, weight.t(), None) if ctx.needs_input_grad[0] else None,
-            grad.t() @ x if ctx.needs_input_grad[1] else None,
-            grad.sum(0) if ctx.needs_input_grad[2] else None,
-        )
+        return _conv_gradients(grad.contiguous(), *ctx.saved_tensors, ctx.needs_input_grad)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -50,14 +56,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``[..., O]``.
     """
-    usual = (
-        not _HAS_ONEDNN
-        or x.device.type != "cpu"
-        or x.dtype != torch.float32
-        or weight.dtype != torch.float32
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-    )
-    if usual:
+    if not _served_by_onednn(x, weight):
         return F.linear(x, weight, bias)
     return _OneDnnLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+
+
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """``grad @ weight``: the gradient `linear` gives its input. ``[..., O]`` and ``[O, D]`` to ``[..., D]``."""
+    if not _served_by_onednn(grad, weight):
+        return grad @ weight
+    rows = grad.reshape(-1, grad.shape[-1])
+    return _conv_gradients(rows, None, weight, (True, False, False))[0].view(*grad.shape[:-1], -1)
+
+
+def _served_by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        _HAS_ONEDNN
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )

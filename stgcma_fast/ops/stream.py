@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .linear import linear
+from .linear import input_gradient, linear
 
 # Bytes of the widest intermediate of one piece. A few MB share the last-level cache with the weights; larger buffers are also
 # given back to the system after each use, and every page of the next one faults again (measured: half of a step's time).
-PIECE_BYTES = 8 * 2**20
+PIECE_BYTES = 16 * 2**20
 
 
 class _Stream(torch.autograd.Function):
@@ -53,7 +53,7 @@ class _Stream(torch.autograd.Function):
                 y = ctx.step(piece, _narrow(along, ctx.dim, start, ctx.size), *shared)
             grad_y = _narrow(grad, ctx.dim, start, ctx.size)
             if ctx.tail is not None:
-                grad_y = linear(grad_y.to(ctx.tail[0].dtype), ctx.tail[0].t()).to(y.dtype)
+                grad_y = input_gradient(grad_y.to(ctx.tail[0].dtype), ctx.tail[0]).to(y.dtype)
             grads = torch.autograd.grad(y, [piece, *trained] if needs_x else trained, grad_y)
             if needs_x:
                 _narrow(grad_x, ctx.dim, start, ctx.size).copy_(grads[0])
