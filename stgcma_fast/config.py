@@ -190,7 +190,9 @@ class ModelConfig:
             object.__setattr__(self, "adapter_ratio", tuple(self.adapter_ratio))
             stages = self.backbone.stages if isinstance(self.backbone, SwinConfig) else 1
             if len(self.adapter_ratio) != stages:
-                raise ValueError(f"adapter_ratio: got {len(self.adapter_ratio)} numbers, expected one, or one for each of {stages}")
+                raise ValueError(
+                    f"adapter_ratio: got {len(self.adapter_ratio)} numbers, expected one, or one for each of {stages}"
+                )
         for stage in range(getattr(self.backbone, "stages", 1)):
             if self.adapter_width(stage) < 1:
                 raise ValueError(f"adapter_ratio: got {self.adapter_ratio!r}, which leaves stage {stage} no adapter channel")

@@ -46,6 +46,4 @@ def features(model: nn.Module, images: Streams, run: Runner, checkpointing: bool
         else:
             streams = _forward_block(block, streams, run)
     norm = model.ln_post
-    return {
-        m: ops.layer_norm(x[:, :, 0], norm.weight, norm.bias, impl=run.impl).flatten(0, 1) for m, x in streams.items()
-    }
+    return {m: ops.layer_norm(x[:, :, 0], norm.weight, norm.bias, impl=run.impl).flatten(0, 1) for m, x in streams.items()}

@@ -80,7 +80,9 @@ def check_window_grid(window: WindowGrid, *tokens: int) -> None:
     if height % size or width % size or not 0 <= shift < size:
         raise ValueError(f"window: expected height and width in multiples of size and 0 <= shift < size, got {window}")
     if any(n != height * width for n in tokens):
-        raise ValueError(f"window: {height} x {width} holds {height * width} tokens, got frames of {' and '.join(map(str, tokens))}")
+        raise ValueError(
+            f"window: {height} x {width} holds {height * width} tokens, got frames of {' and '.join(map(str, tokens))}"
+        )
 
 
 def _torch(
@@ -105,12 +107,8 @@ def _torch(
         windows = cross_modal_attention(
             *(w.flatten(0, 1) for w in windows), gate_visual, gate_audio, fusion=fusion, impl="torch"
         )
-        pair = (
-            window_reverse(w.unflatten(0, (len(visual), -1)), height, width, size, shift).flatten(1, 2) for w in windows
-        )
-    sums = (
-        x if residual is None else residual + x for x, residual in ((visual, residual_visual), (audio, residual_audio))
-    )
+        pair = (window_reverse(w.unflatten(0, (len(visual), -1)), height, width, size, shift).flatten(1, 2) for w in windows)
+    sums = (x if residual is None else residual + x for x, residual in ((visual, residual_visual), (audio, residual_audio)))
     return tuple(x + up(h, p) for x, h, p in zip(sums, pair, (visual_params, audio_params), strict=True))
 
 

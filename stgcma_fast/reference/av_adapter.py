@@ -40,7 +40,8 @@ def av_adapter(
         height, width, size, shift = window
         frames, tokens, rank = hidden_visual.shape
         pair = [
-            window_partition(h.view(frames, height, width, rank), size, shift).flatten(0, 1) for h in (hidden_visual, hidden_audio)
+            window_partition(h.view(frames, height, width, rank), size, shift).flatten(0, 1)
+            for h in (hidden_visual, hidden_audio)
         ]
         pair = cross_modal_attention(*pair, gate_visual, gate_audio, fusion=fusion)
         hidden_visual, hidden_audio = (

@@ -43,7 +43,9 @@ def check_inputs(config: ModelConfig, audio: Tensor | None, video: Tensor | None
     """
     if mode is not None and MODES.get(mode) != config.modalities:
         allowed = [name for name, modalities in MODES.items() if modalities == config.modalities]
-        raise ValueError(f"mode: got {mode!r}, a model with modalities {config.modalities} allows {', '.join(map(repr, allowed))}")
+        raise ValueError(
+            f"mode: got {mode!r}, a model with modalities {config.modalities} allows {', '.join(map(repr, allowed))}"
+        )
     size = config.backbone.image_size
     batches = []
     if "audio" in config.modalities:

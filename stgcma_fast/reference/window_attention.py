@@ -7,9 +7,7 @@ from torch import Tensor
 from .windows import shift_mask, window_partition, window_reverse
 
 
-def window_attention(
-    qkv: Tensor, bias: Tensor, *, window: int, shift: int, scale: float, mask: Tensor | None = None
-) -> Tensor:
+def window_attention(qkv: Tensor, bias: Tensor, *, window: int, shift: int, scale: float, mask: Tensor | None = None) -> Tensor:
     """``softmax(scale q k^T + bias + mask) v`` inside each window of each frame.
 
     Args:
