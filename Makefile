@@ -5,7 +5,8 @@ BIN := .venv/bin
 venv: .venv/.installed
 
 .venv/.installed: setup.py pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+	@echo "Installing into .venv: PyTorch and what it needs, a few GB, one to a few minutes"
+	@$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,8 +18,12 @@ from .reference.model import is_trainable
 _PREFIX = "module."
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, nested: Sequence[str] = ()) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` file or of a torch file, on the CPU. Code in a file is never run.
+
+    Args:
+        path: the file.
+        nested: keys under which a torch file may hold its dictionary of tensors, beside other things.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -34,14 +37,17 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             with safe_open(path, "pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch's readers fail on damaged files with half a dozen different types, OSError among them
         raise ValueError(f"{path} is truncated or is no checkpoint: {error}") from error
+    if isinstance(state, Mapping):
+        state = next((state[key] for key in nested if isinstance(state.get(key), Mapping)), state)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: expected a dictionary of tensors, got {type(state).__name__}")
     return dict(state)
 
 
-def _named(title: str, names: list[str]) -> str:
+def named(title: str, names: Sequence[str]) -> str:
+    """``title: a, b``, at most ten names."""
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return f"{title}: {', '.join(names[:10])}{more}"
 
@@ -55,7 +61,7 @@ def checked_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[st
     state = {key.removeprefix(_PREFIX): value for key, value in state_dict.items()}
     sick = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if sick:
-        raise ValueError(_named("not finite", sick))
+        raise ValueError(named("not finite", sick))
     buffers = dict(model.named_buffers())
     other = [
         key
@@ -63,7 +69,7 @@ def checked_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[st
         if key in state and (state[key].shape != buffer.shape or not torch.equal(state[key].to(buffer), buffer))
     ]
     if other:
-        raise ValueError(_named("buffers of another window, shift or number of frames than the model's", other))
+        raise ValueError(named("buffers of another window, shift or number of frames than the model's", other))
     return state
 
 
@@ -82,7 +88,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
 
 def save_adapters(model: nn.Module, path: str | Path) -> None:
-    """Write what the paper trains, and nothing else, to a ``.safetensors`` file with the model's configuration in its metadata."""
+    """Write what the paper trains, and nothing else, to a ``.safetensors`` file that also names the configuration."""
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items() if is_trainable(key)}
     save_file(state, path, metadata={"config": json.dumps(model.config.to_dict())})
 
@@ -98,7 +104,7 @@ def load_adapters(model: nn.Module, path: str | Path) -> None:
     own: dict[str, Any] = {key: value for key, value in model.state_dict().items() if is_trainable(key)}
     misshapen = [key for key in own if key in state and state[key].shape != own[key].shape]
     problems = [
-        _named(title, names)
+        named(title, names)
         for title, names in (
             ("missing", sorted(own.keys() - state.keys())),
             ("unexpected", sorted(state.keys() - own.keys())),

@@ -61,7 +61,8 @@ class SwinConfig:
             if (self.image_size // self.patch_size) % 2**stage or self.resolution(stage) % self.window:
                 raise ValueError(
                     f"SwinConfig: image_size {self.image_size} gives stage {stage} a grid of "
-                    f"{self.image_size / self.patch_size / 2**stage:g} tokens a side, expected a multiple of window {self.window}"
+                    f"{self.image_size / self.patch_size / 2**stage:g} tokens a side, "
+                    f"expected a multiple of window {self.window}"
                 )
 
     @property
@@ -140,7 +141,7 @@ class ModelConfig:
         task: "ave" (event localization).
         num_classes: classes of the AVE head.
         fusion: which way the two streams exchange in the AV-adapters (Table 5): "both"; "a2v", only vision listens;
-            "v2a", only audio listens; "none".
+            "v2a", only audio listens; "none". A model of one stream has "none".
         modalities: streams the model has. One stream gives the published unimodal models.
         adapt: streams that carry adapters. The other stream is the frozen transformer, frame by frame.
         use_temporal, use_spatial, use_global: which adapters a block has (Table 7).
@@ -177,6 +178,8 @@ class ModelConfig:
         object.__setattr__(self, "adapt", self.modalities if self.adapt is None else _subset("adapt", self.adapt))
         if not set(self.adapt) <= set(self.modalities):
             raise ValueError(f"adapt: got {self.adapt}, expected a subset of modalities {self.modalities}")
+        if len(self.modalities) == 1 and self.fusion == "both":
+            object.__setattr__(self, "fusion", "none")
         if len(self.adapt) == 1 and self.fusion != "none":
             raise ValueError(
                 f"fusion: got {self.fusion!r} with adapters on {self.adapt} alone, allowed is 'none': "

@@ -56,8 +56,15 @@ def av_adapter(
     for name, residual, x in (("residual_visual", residual_visual, visual), ("residual_audio", residual_audio, audio)):
         if residual is not None:
             check_shape(name, residual, *x.shape)
-    check_one_dtype("av_adapter", visual=visual, audio=audio, **visual_params._asdict())
-    check_one_dtype("av_adapter", gate_visual=gate_visual, gate_audio=gate_audio, **audio_params._asdict())
+    check_one_dtype(
+        "av_adapter",
+        visual=visual,
+        audio=audio,
+        gate_visual=gate_visual,
+        gate_audio=gate_audio,
+        **{f"visual_{name}": t for name, t in visual_params._asdict().items()},
+        **{f"audio_{name}": t for name, t in audio_params._asdict().items()},
+    )
     if window is not None:
         check_window_grid(window, visual.shape[1], audio.shape[1])
     return select("av_adapter", impl)(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from .checks import check_choice, check_one_dtype, check_shape
 from .dispatch import Impl, register, select
+from .linear import input_gradient, linear, served_by_onednn
 
 FUSIONS = ("both", "a2v", "v2a", "none")
 
@@ -47,18 +49,92 @@ def cross_modal_attention(
     return select("cross_modal_attention", impl)(visual, audio, gate_visual, gate_audio, fusion=fusion)
 
 
-def _listen(to_fuse: Tensor, other: Tensor, gate: Tensor) -> Tensor:
+# Bytes of a tile of scores in the tiled form: with its gradients it should stay in the last-level cache.
+TILE_BYTES = 5 * 2**20
+# Below this many bytes of scores a frame the library's fused attention is as fast and runs all frames in one call.
+_SMALL_SCORES = 2**20
+
+
+class _TiledAttention(torch.autograd.Function):
+    """``(softmax(V A^T) A, softmax(A V^T) V)`` on the CPU in float32, one tile of scores at a time, by oneDNN's products.
+
+    The backward recomputes each tile once for both softmaxes (card: formulas and saved tensors).
+    """
+
+    @staticmethod
+    def forward(ctx, visual: Tensor, audio: Tensor, to_visual: bool, to_audio: bool) -> tuple[Tensor | None, Tensor | None]:
+        heard_visual, lse_visual = _attend_in_tiles(visual, audio) if to_visual else (None, None)
+        heard_audio, lse_audio = _attend_in_tiles(audio, visual) if to_audio else (None, None)
+        ctx.save_for_backward(visual, audio, heard_visual, heard_audio, lse_visual, lse_audio)
+        return heard_visual, heard_audio
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_visual: Tensor | None, grad_audio: Tensor | None) -> tuple[Tensor | None, ...]:
+        visual, audio, heard_visual, heard_audio, lse_visual, lse_audio = ctx.saved_tensors
+        d_visual, d_audio = torch.zeros_like(visual), torch.zeros_like(audio)
+        to_visual = heard_visual is not None and grad_visual is not None
+        to_audio = heard_audio is not None and grad_audio is not None
+        for group in range(len(visual)):
+            a = audio[group].contiguous()
+            if to_audio:
+                g_a = grad_audio[group].contiguous()
+                minus_e = -(g_a * heard_audio[group]).sum(-1)  # [m]
+            for rows in _tiles(visual.shape[1], len(a)):
+                v = visual[group, rows].contiguous()
+                scores, d_scores = linear(v, a), 0
+                if to_visual:
+                    g_v = grad_visual[group, rows].contiguous()
+                    d = (g_v * heard_visual[group, rows]).sum(-1, keepdim=True)  # [rows, 1]
+                    p = torch.sub(scores, lse_visual[group, rows]).exp_()
+                    d_scores = linear(g_v, a).sub_(d).mul_(p)
+                    d_audio[group].addmm_(p.t(), g_v)
+                if to_audio:
+                    q = scores.sub_(lse_audio[group, :, 0]).exp_()
+                    d_scores = linear(v, g_a, minus_e).mul_(q).add_(d_scores)
+                    d_visual[group, rows] = input_gradient(q, g_a)
+                if to_visual or to_audio:
+                    d_visual[group, rows] += input_gradient(d_scores, a)
+                    d_audio[group].addmm_(d_scores.t(), v)
+        return d_visual, d_audio, None, None
+
+
+def _tiles(rows: int, columns: int) -> list[slice]:
+    step = max(1, TILE_BYTES // (4 * columns))
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def _attend_in_tiles(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """``softmax(q k^T) k`` and the scores' log-sum-exp ``[G, n, 1]``."""
+    heard, lse = torch.empty_like(queries), queries.new_empty(*queries.shape[:2], 1)
+    for group in range(len(queries)):
+        k = keys[group].contiguous()
+        for rows in _tiles(queries.shape[1], len(k)):
+            scores = linear(queries[group, rows].contiguous(), k)
+            peak = scores.amax(-1, keepdim=True)
+            total = scores.sub_(peak).exp_().sum(-1, keepdim=True)
+            heard[group, rows] = input_gradient(scores, k).div_(total)
+            lse[group, rows] = peak + total.log()
+    return heard, lse
+
+
+def _attend(queries: Tensor, keys: Tensor) -> Tensor:
     # The library's fused attention never writes the n x m scores; one head, no scale.
-    heard = F.scaled_dot_product_attention(to_fuse[:, None], other[:, None], other[:, None], scale=1.0)
-    return to_fuse + gate * heard[:, 0]
+    return F.scaled_dot_product_attention(queries[:, None], keys[:, None], keys[:, None], scale=1.0)[:, 0]
 
 
 def _torch(
     visual: Tensor, audio: Tensor, gate_visual: Tensor, gate_audio: Tensor, *, fusion: str = "both"
 ) -> tuple[Tensor, Tensor]:
+    to_visual, to_audio = fusion in ("both", "a2v"), fusion in ("both", "v2a")
+    if served_by_onednn(visual, audio) and 4 * visual.shape[1] * audio.shape[1] > _SMALL_SCORES:
+        heard_visual, heard_audio = _TiledAttention.apply(visual, audio, to_visual, to_audio)
+    else:
+        heard_visual = _attend(visual, audio) if to_visual else None
+        heard_audio = _attend(audio, visual) if to_audio else None
     return (
-        _listen(visual, audio, gate_visual) if fusion in ("both", "a2v") else visual,
-        _listen(audio, visual, gate_audio) if fusion in ("both", "v2a") else audio,
+        visual + gate_visual * heard_visual if to_visual else visual,
+        audio + gate_audio * heard_audio if to_audio else audio,
     )
 
 

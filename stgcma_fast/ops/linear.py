@@ -56,20 +56,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``[..., O]``.
     """
-    if not _served_by_onednn(x, weight):
+    if not served_by_onednn(x, weight):
         return F.linear(x, weight, bias)
     return _OneDnnLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
 
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """``grad @ weight``: the gradient `linear` gives its input. ``[..., O]`` and ``[O, D]`` to ``[..., D]``."""
-    if not _served_by_onednn(grad, weight):
+    if not served_by_onednn(grad, weight):
         return grad @ weight
     rows = grad.reshape(-1, grad.shape[-1])
     return _conv_gradients(rows, None, weight, (True, False, False))[0].view(*grad.shape[:-1], -1)
 
 
-def _served_by_onednn(x: Tensor, weight: Tensor) -> bool:
+def served_by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` sends this product to oneDNN."""
     return (
         _HAS_ONEDNN
         and x.device.type == "cpu"

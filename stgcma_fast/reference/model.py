@@ -58,6 +58,11 @@ def drop_path(x: Tensor, rate: float, training: bool, shape: tuple[int, ...]) ->
     return x * torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(1 - rate).div_(1 - rate)
 
 
+def drop_rates(last: float, blocks: int) -> list[float]:
+    """Rates of stochastic depth, rising linearly from 0 in the first block to ``last``."""
+    return [last * block / max(1, blocks - 1) for block in range(blocks)]
+
+
 class Block(nn.Module):
     """Temporal, spatial and global adaptation around one frozen transformer block (section 3).
 
@@ -211,7 +216,7 @@ def build_clip(model: nn.Module, config: ModelConfig) -> int:
     model.conv1_audio = nn.Conv2d(1, dim, patch, patch, bias=False)
     model.ln_pre = LayerNorm(dim)
     model.transformer = nn.Module()
-    rates = torch.linspace(0, config.drop_path, backbone.layers).tolist()
+    rates = drop_rates(config.drop_path, backbone.layers)
     model.transformer.resblocks = nn.ModuleList(ClipBlock(config, rate) for rate in rates)
     model.ln_post = LayerNorm(dim)
     return dim
@@ -362,7 +367,7 @@ class SwinPatchEmbed(nn.Module):
 def build_swin(model: nn.Module, config: ModelConfig) -> int:
     """Register the published parameters on ``model``; the number of channels of the last stage."""
     backbone: SwinConfig = config.backbone
-    rates = iter(torch.linspace(0, config.drop_path, sum(backbone.depths)).tolist())
+    rates = iter(drop_rates(config.drop_path, sum(backbone.depths)))
     model.patch_embed = SwinPatchEmbed(3, backbone.embed_dim, backbone.patch_size)
     model.patch_embed_audio = SwinPatchEmbed(1, backbone.embed_dim, backbone.patch_size)
     model.layers = nn.ModuleList()

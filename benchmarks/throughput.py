@@ -1,0 +1,529 @@
+"""End-to-end speed and memory of STG-CMA: forward, and a whole train step, of each implementation.
+
+All get the same weights and inputs. Their outputs and gradients are compared first: where they disagree no speed is printed.
+Then they run in turns, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import gc
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import stgcma_fast as sf
+from stgcma_fast import report
+from stgcma_fast.config import ADAPTER_SIZES, BACKBONES, ModelConfig, Task, preset
+from stgcma_fast.ops.linear import linear
+
+# Each takes a configuration and returns the model and what to call.
+IMPLEMENTATIONS: dict[str, Callable[[ModelConfig], tuple[nn.Module, Callable]]] = {
+    "reference": lambda config: (model := sf.reference.ReferenceSTGCMA(config), model),
+    "compiled": lambda config: (model := sf.reference.ReferenceSTGCMA(config), torch.compile(model)),
+    "fast": lambda config: (model := sf.FastSTGCMA(config), model),
+}
+PHASES = ("infer", "train")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# On the CPU the whole command must end within four minutes: rounds are run while they fit into this.
+CPU_SECONDS = 215
+CPU_ROUNDS = 5
+CUDA_WARMUP, CUDA_ROUNDS = 10, 50
+
+
+class DisagreementError(Exception):
+    """Outputs or gradients of an implementation are further from the reference than the yardstick allows."""
+
+
+class Meter:
+    """Bytes in use and their peak: the process's resident set on the CPU, the allocator's count on CUDA."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        try:
+            self._trim = ctypes.CDLL("libc.so.6").malloc_trim
+            self.reset()
+            self.known = self.cuda or self.peak() > 0
+        except (OSError, AttributeError, StopIteration):
+            self.known = self.cuda
+
+    @staticmethod
+    def _status(name: str) -> int:
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+    def used(self) -> int:
+        """Bytes held now. On the CPU, free memory is given back first: left in the heap it would hide the next peak."""
+        if self.cuda:
+            return torch.cuda.memory_allocated()
+        gc.collect()
+        if not self.known:
+            return 0
+        self._trim(0)
+        return self._status("VmRSS")
+
+    def reset(self) -> None:
+        """Start looking for a new peak."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        """The largest number of bytes held since `reset`."""
+        return torch.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")
+
+
+@dataclass
+class Contender:
+    """An implementation in the race."""
+
+    name: str
+    module: nn.Module
+    call: Callable
+    held: int  # bytes that stay allocated on its behalf between its steps
+    optimizer: torch.optim.Optimizer = None
+    scaler: torch.amp.GradScaler = None
+    times: dict[str, list[float]] = field(default_factory=dict)
+    peak: dict[str, int] = field(default_factory=dict)
+    first_calls: float = 0.0
+    max_abs_err: float = 0.0
+
+    def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+
+
+def fill(model: nn.Module) -> None:
+    """Weights with which every part of the model matters: at their starting values gates and adapters hide each other."""
+    for key, t in model.state_dict().items():
+        if not t.is_floating_point() or key.endswith("attn_mask"):
+            continue
+        x = torch.randn(t.shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
+        norm = t.ndim == 1 and ("ln_" in key or "norm" in key) and key.endswith("weight")
+        if norm:
+            x = 1 + 0.1 * x
+        elif "gate_" in key:
+            x = 0.5 + 0.1 * x
+        elif t.ndim >= 2 and "bias_table" not in key and "embedding" not in key:
+            x = x * t[0].numel() ** -0.5
+        else:
+            x = 0.1 * x
+        t.copy_(x)
+
+
+def make_inputs(config: ModelConfig, batch_size: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Audio, video and soft targets."""
+    size, frames = config.backbone.image_size, config.num_frames
+    generator = torch.Generator().manual_seed(0)
+    video = torch.randn(batch_size, 3, frames, size, size, generator=generator)
+    audio = torch.randn(batch_size, frames, *config.backbone.audio_shape, generator=generator)
+    target = (3 * torch.randn(batch_size * frames, config.num_classes, generator=generator)).softmax(-1)
+    return audio.to(device), video.to(device), target.to(device)
+
+
+def count_flops(config: ModelConfig, batch_size: int) -> dict[str, int]:
+    """Floating-point operations of the reference's products; computed on shapes alone."""
+    with torch.device("meta"):
+        model = sf.reference.ReferenceSTGCMA(config)
+    audio, video, _ = make_inputs(config, batch_size, "meta")
+    flops = {}
+    for phase in PHASES:
+        with FlopCounterMode(display=False) as counter:
+            logits = model(audio, video)
+            if phase == "train":
+                logits.sum().backward()
+        flops[phase] = counter.get_total_flops()
+    return flops
+
+
+def matmul_peak(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest large square product, by PyTorch's own route or by the one `stgcma_fast` takes."""
+    best = 0.0
+    for size in (4096, 8192, 16384) if device == "cuda" else (1024, 2048, 4096):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        for product in (torch.matmul, linear):
+            for _ in range(3):
+                best = max(best, 2 * size**3 / timed(lambda product=product, a=a, b=b: product(a, b), device)[0])
+    return best
+
+
+def timed(step: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Seconds and result of one call, begun and ended with an idle device."""
+    if device == "cpu":
+        start = time.perf_counter()
+        result = step()
+        return time.perf_counter() - start, result
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    result = step()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3, result
+
+
+def verify(what: str, got: Tensor | None, hi: Tensor, low: Tensor | None, dtype: torch.dtype, gradient: bool) -> None:
+    """Hold a tensor against the reference's, ``hi``; in low precision also against its own error there, ``low``.
+
+    Raises:
+        DisagreementError: further off than the yardstick allows.
+    """
+    size = (lambda x: x.norm()) if gradient else (lambda x: x.abs().max())
+    error = size((torch.zeros_like(hi) if got is None else got.float()) - hi).item()
+    if low is None:
+        allowed = (1e-3 * hi.norm() if gradient else 1e-4 * hi.std()).item()
+    else:
+        allowed = ((3 if gradient else 2) * size(low.float() - hi) + torch.finfo(dtype).eps * size(hi)).item()
+    if not error <= allowed:
+        raise DisagreementError(f"{what}: error {error:.3g}, allowed {allowed:.3g}")
+
+
+class Race:
+    """The implementations, their common inputs, and what is measured of them.
+
+    Args:
+        config: the model.
+        impls: names in `IMPLEMENTATIONS`. The reference is always built, as the yardstick, but timed only if named.
+        phases: "infer", "train" or both.
+        batch_size: clips.
+        dtype: float32, or a lower precision for autocast.
+        device: "cpu" or "cuda".
+        steps: timed rounds, or "auto".
+        console: where progress and notes go.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        impls: Sequence[str],
+        phases: Sequence[str],
+        batch_size: int,
+        dtype: torch.dtype,
+        device: str,
+        steps: int | Literal["auto"],
+        console: Console,
+    ) -> None:
+        self.start = time.perf_counter()
+        self.config, self.impls, self.batch_size = config, impls, batch_size
+        self.phases = [phase for phase in PHASES if phase in phases]
+        self.dtype, self.device, self.steps, self.console = dtype, device, steps, console
+        self.low_precision = dtype != torch.float32
+        self.audio, self.video, self.target = make_inputs(config, batch_size, device)
+        self.meter = Meter(device)
+
+    def autocast(self, enabled: bool) -> torch.autocast:
+        return torch.autocast(self.device, self.dtype, enabled=enabled)
+
+    def build(self, name: str, state: dict[str, Tensor] | None) -> Contender:
+        """An implementation with the weights ``state``; without, the weights of `fill`."""
+        before = self.meter.used()
+        with torch.device(self.device):
+            module, call = IMPLEMENTATIONS[name](self.config)
+        if state is None:
+            fill(module)
+        else:
+            module.load_state_dict(state)
+        if self.low_precision and isinstance(module, sf.FastSTGCMA):
+            module.cast_frozen(self.dtype)
+        self.level = self.meter.used()
+        contender = Contender(name, module, call, self.level - before)
+        # As published: Adam with L2, the same for all.
+        parameters = [p for _, p in contender.named_trainable()]
+        contender.optimizer = torch.optim.Adam(parameters, lr=5e-5, betas=(0.95, 0.999), weight_decay=5e-7)
+        contender.scaler = torch.amp.GradScaler(self.device, enabled=self.dtype == torch.float16)
+        return contender
+
+    def outputs(self, contender: Contender, autocast: bool = True) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Logits, and for a train phase every trainable gradient, in eval mode: no stochastic depth and no dropout."""
+        contender.module.eval()
+        if "train" not in self.phases:
+            with torch.inference_mode(), self.autocast(autocast and self.low_precision):
+                return contender.call(self.audio, self.video).float(), {}
+        with self.autocast(autocast and self.low_precision):
+            logits = contender.call(self.audio, self.video)
+            loss = F.cross_entropy(logits, self.target)
+        scale = contender.scaler.get_scale()
+        (loss * scale).backward()
+        gradients = {name: None if p.grad is None else p.grad / scale for name, p in contender.named_trainable()}
+        contender.optimizer.zero_grad()
+        return logits.detach().float(), gradients
+
+    def infer(self, contender: Contender) -> Tensor:
+        """One forward."""
+        with torch.inference_mode(), self.autocast(self.low_precision):
+            return contender.call(self.audio, self.video)
+
+    def train(self, contender: Contender) -> None:
+        """One whole step: forward, loss, backward, optimizer."""
+        with self.autocast(self.low_precision):
+            loss = F.cross_entropy(contender.call(self.audio, self.video), self.target)
+        contender.scaler.scale(loss).backward()
+        contender.scaler.step(contender.optimizer)
+        contender.scaler.update()
+        contender.optimizer.zero_grad()
+
+    def step(self, contender: Contender, phase: str, seed: int) -> tuple[float, Any]:
+        """One step of a phase: seconds and result. Notes the peak of memory."""
+        contender.module.train(phase == "train")
+        torch.manual_seed(seed)
+        if self.meter.known:
+            self.meter.reset()
+        seconds, result = timed(lambda: getattr(self, phase)(contender), self.device)
+        if self.meter.known:
+            peak = contender.held + self.meter.peak() - self.level
+            contender.peak[phase] = max(peak, contender.peak.get(phase, 0))
+        before, self.level = self.level, self.meter.used()
+        contender.held += self.level - before
+        return seconds, result
+
+    def check(self, progress: Progress) -> list[Contender]:
+        """Build the implementations one after the other and compare each with the reference, before any optimizer step.
+
+        Raises:
+            DisagreementError: an implementation is further off than the yardstick allows.
+        """
+        task = progress.add_task("check", total=len({"reference", *self.impls}))
+        reference = self.build("reference", None)
+        hi, hi_gradients = self.outputs(reference, autocast=False)
+        low, low_gradients = self.outputs(reference) if self.low_precision else (None, {})
+        reference.max_abs_err = 0.0 if low is None else (low - hi).abs().max().item()
+        self.hi, self.low = hi, low
+        progress.advance(task)
+        contenders = [reference]
+        for name in self.impls:
+            if name == "reference":
+                continue
+            contender = self.build(name, reference.module.state_dict())
+            seconds, (logits, gradients) = timed(lambda c=contender: self.outputs(c), self.device)
+            contender.first_calls += seconds
+            contender.max_abs_err = (logits - hi).abs().max().item()
+            verify(f"{name}, logits", logits, hi, low, self.dtype, False)
+            for key, gradient in hi_gradients.items():
+                if gradient is not None:
+                    verify(f"{name}, gradient of {key}", gradients[key], gradient, low_gradients.get(key), self.dtype, True)
+            contenders.append(contender)
+            progress.advance(task)
+        return [c for c in contenders if c.name in self.impls]
+
+    def rounds(self, phase: str, first_round: float) -> int:
+        """How many timed rounds a phase gets, the first one included."""
+        if self.steps != "auto":
+            return self.steps
+        if self.device == "cuda":
+            return CUDA_ROUNDS
+        left = self.start + CPU_SECONDS - time.perf_counter()
+        # A train step takes about three times a forward and needs that share of the time.
+        share = 0.3 if phase != self.phases[-1] else 1
+        spare = left * share - (1 - share) * first_round
+        return max(1, min(CPU_ROUNDS, 1 + math.floor(spare / first_round)))
+
+    def race(self, contenders: list[Contender], phase: str, progress: Progress) -> None:
+        """Warm up, then time a phase: the implementations take turns, in alternating order."""
+        task = progress.add_task(phase, total=None)
+        for contender in contenders:
+            # On the CPU the check was the warm-up, but for code that is compiled anew for each phase.
+            warmup = CUDA_WARMUP if self.device == "cuda" else int(contender.name == "compiled")
+            seconds = [self.step(contender, phase, i)[0] for i in range(warmup)]
+            contender.first_calls += sum(seconds[:1])
+        done, total = 0, 1
+        while done < total:
+            start = time.perf_counter()
+            for contender in contenders[:: -1 if done % 2 else 1]:
+                seconds, logits = self.step(contender, phase, done)
+                contender.times.setdefault(phase, []).append(seconds)
+                if phase == "infer" and done == 0:
+                    verify(f"{contender.name}, logits without gradients", logits, self.hi, self.low, self.dtype, False)
+                progress.advance(task)
+            done += 1
+            if done == 1:
+                total = self.rounds(phase, time.perf_counter() - start)
+                progress.update(task, total=total * len(contenders))
+
+    def run(self) -> list[dict[str, Any]]:
+        """Check, then time.
+
+        Returns:
+            A row of measurements for each phase and implementation.
+
+        Raises:
+            DisagreementError: an implementation is further off than the yardstick allows.
+        """
+        # The float32 reference is the yardstick: no convolution may round its operands to TF32.
+        torch.backends.cudnn.allow_tf32 = False
+        columns = (TextColumn("{task.description:>5}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console) as progress:
+            contenders = self.check(progress)
+            for phase in self.phases:
+                self.level = self.meter.used()
+                self.race(contenders, phase, progress)
+        for contender in contenders:
+            if contender.name == "compiled":
+                self.console.print(
+                    f"compiled: first calls, with compilation, took {contender.first_calls:.0f} s; not in the table"
+                )
+        flops, machine = count_flops(self.config, self.batch_size), matmul_peak(self.device, self.dtype)
+        self.console.print(
+            f"fastest matrix product: {machine / 1e12:.3g} TFLOP/s; products of the reference, in TFLOP: "
+            + ", ".join(f"{phase} {flops[phase] / 1e12:.3g}" for phase in self.phases)
+        )
+        rows = []
+        for phase in self.phases:
+            p50 = {c.name: statistics.median(c.times[phase]) for c in contenders}
+            for c in contenders:
+                p20, p80 = (
+                    torch.tensor(c.times[phase], dtype=torch.float64).quantile(torch.tensor([0.2, 0.8]).double()).tolist()
+                )
+                rows.append(
+                    {
+                        "impl": c.name,
+                        "phase": phase,
+                        "p20_ms": p20 * 1e3,
+                        "p50_ms": p50[c.name] * 1e3,
+                        "p80_ms": p80 * 1e3,
+                        "clips_per_s": self.batch_size / p50[c.name],
+                        "peak_mb": c.peak[phase] / 1e6 if phase in c.peak else None,
+                        "speedup": p50["reference"] / p50[c.name] if "reference" in p50 else None,
+                        "max_abs_err": c.max_abs_err,
+                        "peak_share": flops[phase] / p50[c.name] / machine,
+                    }
+                )
+        return rows
+
+
+# Measurement -> heading and format in the table.
+COLUMNS = {
+    "p20_ms": ("p20\nms", ".4g"),
+    "p50_ms": ("p50\nms", ".4g"),
+    "p80_ms": ("p80\nms", ".4g"),
+    "clips_per_s": ("clips\n/s", ".3g"),
+    "peak_mb": ("peak\nMB", ".0f"),
+    "speedup": ("speed-\nup", ".2f"),
+    "max_abs_err": ("max\nerror", ".1e"),
+    "peak_share": ("of\npeak", ".0%"),
+}
+
+
+def print_table(rows: Sequence[dict[str, Any]], title: str, console: Console) -> None:
+    """The measurements, for people."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("phase", "impl"):
+        table.add_column(name, no_wrap=True)
+    for heading, _ in COLUMNS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        numbers = ("-" if row[key] is None else format(row[key], form) for key, (_, form) in COLUMNS.items())
+        table.add_row(row["phase"], row["impl"], *numbers)
+    console.print(table)
+    console.print(
+        "clips/s and speed-up by p50; speed-up over the reference; peak: most memory held, weights included; error: of the "
+        "logits, against the reference in float32; of peak: FLOP/s of the reference's products over the fastest product's"
+    )
+
+
+def commit() -> str | None:
+    """The checkout's commit, marked where files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    described = ("git", "-C", root, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=7")
+    try:
+        return subprocess.run(described, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    p = ArgumentParser(prog="throughput.py", description=__doc__)
+    p.add_argument("--arch", choices=tuple(BACKBONES), required=True, help="backbone")
+    p.add_argument("--adapters", choices=ADAPTER_SIZES, default="base", help="size of the adapters")
+    p.add_argument("--task", choices=get_args(Task), default="ave", help="task, which decides the head")
+    p.add_argument("--batch-size", type=PositiveInt, default=1, help="clips in a step")
+    p.add_argument("--phase", choices=PHASES, nargs="+", default=list(PHASES), help="forward alone, or a whole train step")
+    p.add_argument(
+        "--impl",
+        choices=tuple(IMPLEMENTATIONS),
+        nargs="+",
+        default=None,
+        help="what to time: the model in plain PyTorch, the same under torch.compile, FastSTGCMA (default: all on CUDA; on the "
+        "CPU all but compiled, whose compilation takes minutes)",
+    )
+    p.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="below float32, autocast is used; auto: float32 on the CPU, bfloat16 on CUDA",
+    )
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is a device")
+    p.add_argument(
+        "--steps",
+        type=PositiveInt | Literal["auto"],
+        default="auto",
+        help=f"timed steps of each; auto: {CUDA_ROUNDS} on CUDA, as many as fit into four minutes on the CPU",
+    )
+    p.add_argument("--json", type=str, metavar="FILE", help="write the rows here; the folder must exist")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    p = parser()
+    args = p.parse_args(argv)
+    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
+        p.error(f"--json: there is no folder {Path(args.json).absolute().parent}")
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda: PyTorch finds no CUDA device here")
+    dtype = args.dtype if args.dtype != "auto" else {"cpu": "float32", "cuda": "bfloat16"}[device]
+    console = Console()
+    impls = args.impl
+    if impls is None:
+        impls = [name for name in IMPLEMENTATIONS if device == "cuda" or name != "compiled"]
+        if device == "cpu":
+            console.print(
+                "compiled is left out: on the CPU its compilation takes minutes; --impl reference compiled fast adds it"
+            )
+    impls = list(dict.fromkeys(impls))
+    config = preset(args.arch, args.adapters, task=args.task)
+    labels = {"arch": args.arch, "adapters": args.adapters, "task": args.task, "batch_size": args.batch_size, "dtype": dtype}
+    labels["device"] = device
+    try:
+        measured = Race(config, impls, args.phase, args.batch_size, DTYPES[dtype], device, args.steps, console).run()
+    except DisagreementError as error:
+        console.print(f"no speed is reported, an implementation disagrees with the reference: {error}", style="bold red")
+        return 1
+    origin = {
+        "versions": report.versions() | {"device": report.device_name(device)},
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    rows = [row | labels | origin for row in measured]
+    title = f"{args.arch} {args.adapters}, {args.task}, batch {args.batch_size}, {dtype} on {device}"
+    print_table(rows, title, console)
+    if args.json is not None:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Layer normalization."""
+
+import pytest
+import torch
+
+from stgcma_fast import ops, reference
+from tests.support.inputs import draw, each_dtype, each_low_dtype, each_stride
+from tests.support.numerics import check, check_compiled, check_equal_in_float64
+
+SIZES = {
+    "stage1": ((2, 49), 192),
+    "merging": ((5,), 768),
+    "odd": ((3, 7), 100),
+    "one-row": ((1,), 33),
+    "four-channels": ((4, 3), 4),
+}
+each_size = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
+FROZEN = {"trained": (), "frozen": ("weight", "bias"), "weight-alone": ("x", "bias"), "bias-alone": ("x", "weight")}
+each_training = pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN.keys())
+
+
+def problem(leading, channels, *, dtype=torch.float32, strides="packed", shift=0.0, scale=1.0):
+    return {
+        "x": draw(0, *leading, channels, dtype=dtype, shift=shift, scale=scale, strides=strides),
+        "weight": draw(1, channels, dtype=dtype, shift=1, scale=0.2),
+        "bias": draw(2, channels, dtype=dtype, scale=0.2),
+    }
+
+
+def written_out(x, weight, bias, eps=1e-5):
+    """The equation, apart from the library's function; statistics in float32 or better, as its kernels keep them."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    centred = wide - wide.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    return (normed * weight + bias).to(x.dtype)
+
+
+def hold(tensors, *, fast=ops.layer_norm, law=written_out, **options):
+    rows = tensors["x"].shape[:-1].numel()
+    if tensors["x"].dtype != torch.float32 and not {"weight", "bias"} <= set(options.get("frozen", ())):
+        # PyTorch sums the gradients of trained parameters over the rows in the dtype of the input: less exact than the equation.
+        law = reference.layer_norm
+    return check("layer_norm", fast, law, tensors, reductions=[len(tensors["weight"]), rows], **options)
+
+
+@each_training
+@each_dtype
+@each_size
+def test_sizes(size, dtype, frozen):
+    got = hold(problem(*size, dtype=dtype), frozen=frozen)
+    assert got.keys() == {"out0", *(f"grad_{name}" for name in ("x", "weight", "bias") if name not in frozen)}
+
+
+@each_dtype
+@each_stride
+def test_strided_inputs(strides, dtype):
+    hold(problem((3, 20), 48, dtype=dtype, strides=strides), frozen=("weight", "bias"))
+
+
+@each_dtype
+@each_stride
+def test_strided_upstream_gradients(strides, dtype):
+    hold(problem((3, 20), 48, dtype=dtype), upstream=strides, frozen=("weight", "bias"))
+
+
+def test_rows_of_large_mean():
+    """The variance is that of the centred row, not a difference of two large numbers."""
+    hold(problem((3, 20), 96, shift=100.0))
+
+
+@pytest.mark.parametrize("value", [0.0, -3.0], ids=["zeros", "constant"])
+@each_dtype
+def test_constant_rows(dtype, value):
+    """Variance 0: the output is the bias."""
+    tensors = problem((2, 5), 64, dtype=dtype)
+    tensors["x"][:, ::2] = value
+    got = hold(tensors)
+    assert torch.equal(got["out0"][:, ::2], tensors["bias"].expand(2, 3, -1))
+
+
+@each_size
+def test_equals_the_equation_in_float64(size):
+    check_equal_in_float64(lambda **tensors: ops.layer_norm(**tensors, impl="torch"), written_out, problem(*size))
+    check_equal_in_float64(lambda **tensors: ops.layer_norm(**tensors, impl="reference"), written_out, problem(*size))
+
+
+def test_eps():
+    """Rows so small that eps decides."""
+    tensors = problem((3, 20), 48, scale=1e-3)
+    hold(
+        tensors,
+        fast=lambda **tensors: ops.layer_norm(**tensors, eps=1e-3),
+        law=lambda **tensors: written_out(**tensors, eps=1e-3),
+    )
+    assert (ops.layer_norm(**tensors) - ops.layer_norm(**tensors, eps=1e-3)).abs().max() > 0.1
+
+
+@each_low_dtype
+def test_autocast(dtype):
+    """Autocast runs layer normalization in float32: the yardstick is that of float32."""
+    tensors = problem((3, 20), 48)
+    with torch.autocast("cpu", dtype):
+        assert ops.layer_norm(**tensors).dtype == torch.float32
+    hold(tensors, law=reference.layer_norm, autocast=dtype)
+
+
+def test_gradcheck_of_the_reference():
+    inputs = [x.requires_grad_() for x in problem((2, 3), 4, dtype=torch.float64).values()]
+    assert torch.autograd.gradcheck(reference.layer_norm, inputs)
+
+
+def test_compiled():
+    check_compiled(ops.layer_norm, hold, lambda batch: problem((batch, 20), 48), batched=["x"])
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_errors(name):
+    with pytest.raises(ValueError, match=rf"{name}: expected shape \[48\], got \[47\]"):
+        ops.layer_norm(**problem((3, 20), 48) | {name: draw(0, 47)})

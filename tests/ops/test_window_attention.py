@@ -1,0 +1,225 @@
+"""Swin's window attention, and the index moves under it."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from stgcma_fast import ops, reference
+from stgcma_fast.reference.windows import shift_mask, window_partition, window_reverse
+from tests.support.inputs import draw, each_dtype, each_low_dtype, each_stride
+from tests.support.numerics import check, check_compiled, check_equal_in_float64, evaluate
+
+# Height, width, window, shift.
+GRIDS = {
+    "one-window": (7, 7, 7, 0),
+    "square": (14, 14, 7, 0),
+    "square-shifted": (14, 14, 7, 3),
+    "tall-shifted": (21, 7, 7, 3),
+    "wide": (8, 12, 4, 0),
+    "wide-shifted": (8, 12, 4, 2),
+    "window-12-shifted": (12, 24, 12, 6),
+    "one-window-shifted": (3, 3, 3, 1),
+}
+each_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
+each_training = pytest.mark.parametrize("frozen", [(), ("bias",)], ids=["trained-bias", "frozen-bias"])
+SMALL = {name: GRIDS[name] for name in ("wide", "wide-shifted")}
+each_small_grid = pytest.mark.parametrize("grid", SMALL.values(), ids=SMALL.keys())
+
+
+def problem(height, width, window, shift, *, frames=2, heads=2, head_dim=32, dtype=torch.float32, strides="packed", scale=1.0):
+    return {
+        "qkv": draw(0, frames, height, width, 3, heads, head_dim, dtype=dtype, scale=scale, strides=strides),
+        "bias": draw(1, heads, window**2, window**2, dtype=dtype),
+    }
+
+
+def function(of, grid, **options):
+    _, _, window, shift = grid
+
+    def window_attention(qkv, bias):
+        return of.window_attention(qkv, bias, window=window, shift=shift, scale=qkv.shape[-1] ** -0.5, **options)
+
+    return window_attention
+
+
+def hold(tensors, *, grid, fast=None, **options):
+    frames, height, width, _, _, head_dim = tensors["qkv"].shape
+    window = grid[2]
+    return check(
+        "window_attention",
+        fast or function(ops, grid),
+        function(reference, grid),
+        tensors,
+        reductions=[head_dim, window**2, frames * height * width // window**2],
+        **options,
+    )
+
+
+@each_training
+@each_dtype
+@each_grid
+def test_grids(grid, dtype, frozen):
+    hold(problem(*grid, dtype=dtype), grid=grid, frozen=frozen)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 5), (3, 1, 96), (1, 4, 16)], ids=["d5", "d96", "one-frame"])
+@each_dtype
+def test_sizes(dtype, sizes):
+    grid = GRIDS["wide-shifted"]
+    frames, heads, head_dim = sizes
+    hold(problem(*grid, frames=frames, heads=heads, head_dim=head_dim, dtype=dtype), grid=grid)
+
+
+@each_training
+@each_small_grid
+@each_stride
+def test_strided_inputs(strides, grid, frozen):
+    hold(problem(*grid, strides=strides), grid=grid, frozen=frozen)
+
+
+@each_training
+@each_small_grid
+@each_stride
+def test_strided_upstream_gradients(strides, grid, frozen):
+    hold(problem(*grid), grid=grid, frozen=frozen, upstream=strides)
+
+
+@each_training
+@each_dtype
+@each_small_grid
+def test_large_scores(grid, dtype, frozen):
+    tensors = problem(*grid, dtype=dtype, scale=30**0.5)
+    query, key, _ = window_partition(tensors["qkv"].double(), *grid[2:]).permute(3, 0, 1, 4, 2, 5)
+    scores = (query @ key.mT).abs().max().item() * 32**-0.5
+    assert scores > 100
+    hold(tensors, grid=grid, frozen=frozen, scores=scores)
+
+
+def test_frozen_qkv():
+    """The bias alone gets a gradient."""
+    grid = GRIDS["wide-shifted"]
+    got = hold(problem(*grid), grid=grid, frozen={"qkv"})
+    assert got.keys() == {"out0", "grad_bias"}
+
+
+@each_grid
+def test_equals_the_reference_in_float64(grid):
+    check_equal_in_float64(function(ops, grid, impl="torch"), function(ops, grid, impl="reference"), problem(*grid))
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_a_mask_at_hand_changes_nothing(impl):
+    grid = GRIDS["square-shifted"]
+    tensors = problem(*grid)
+    bare = evaluate(function(ops, grid, impl=impl), tensors)
+    given = evaluate(function(ops, grid, impl=impl, mask=shift_mask(*grid)), tensors)
+    assert all(torch.equal(x, given[name]) for name, x in bare.items())
+
+
+def one_by_one(qkv, bias, height, width, window, shift):
+    """Every pair of tokens by itself, on coordinates: which window a token is in, and which tokens it may attend to."""
+    side = torch.arange(max(height, width))
+    rows, columns = (x.flatten() for x in torch.meshgrid(side[:height], side[:width], indexing="ij"))
+    rolled = [(rows - shift) % height, (columns - shift) % width]  # where the cyclic roll puts each token
+    same_window = torch.ones(height * width, height * width, dtype=torch.bool)
+    contiguous = same_window.clone()
+    for place, at in zip((rows, columns), rolled, strict=True):
+        same_window &= (at // window)[:, None] == (at // window)[None, :]
+        # The roll keeps the distance of two tokens unless it carries one of them, alone, over the border.
+        contiguous &= place[:, None] - place[None, :] == at[:, None] - at[None, :]
+    inside = (rolled[0] % window) * window + rolled[1] % window
+    query, key, value = qkv.flatten(1, 2).unbind(2)  # [F, N, h, d]
+    scores = torch.einsum("fihd,fjhd->fhij", query, key) * qkv.shape[-1] ** -0.5
+    scores = scores + bias[:, inside[:, None], inside[None, :]] - 100.0 * ~contiguous
+    weights = scores.masked_fill(~same_window, float("-inf")).softmax(-1)
+    return torch.einsum("fhij,fjhd->fihd", weights, value).flatten(2).unflatten(1, (height, width))
+
+
+@each_grid
+def test_is_attention_between_the_tokens_of_a_window(grid):
+    tensors = problem(*grid, heads=2, head_dim=5, dtype=torch.float64)
+    expected = one_by_one(**tensors, **dict(zip(("height", "width", "window", "shift"), grid, strict=True)))
+    for impl in ("torch", "reference"):
+        torch.testing.assert_close(function(ops, grid, impl=impl)(**tensors), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("grid", [*GRIDS.values(), (6, 9, 3, 2), (8, 8, 4, 3)], ids=[*GRIDS, "six-by-nine", "three-of-four"])
+def test_shift_mask(grid):
+    """Two tokens of a window may attend to each other iff they are neighbours in the picture before the roll too."""
+    height, width, window, shift = grid
+    mask = shift_mask(*grid)
+    assert mask.shape == (height // window * (width // window), window**2, window**2)
+    for w, a, b in torch.cartesian_prod(*map(torch.arange, mask.shape)).tolist() if window <= 4 else ():
+        top, left = divmod(w, width // window)
+        tokens = [(top * window + t // window, left * window + t % window) for t in (a, b)]
+        before = [((row + shift) % height, (column + shift) % width) for row, column in tokens]
+        moved = [(tokens[0][i] - tokens[1][i]) - (before[0][i] - before[1][i]) for i in (0, 1)]
+        assert mask[w, a, b] == (0 if moved == [0, 0] else -100)
+    assert bool(mask.any()) == (shift > 0)
+
+
+@each_dtype
+@each_stride
+@each_grid
+def test_partition_and_reverse_are_index_moves(grid, strides, dtype):
+    """Bit-exact inverses of each other, forward and backward; with the tokens numbered, the numbers land where they should."""
+    height, width, window, shift = grid
+    x = draw(0, 2, height, width, 6, dtype=dtype, strides=strides).requires_grad_()
+    windows = window_partition(x, window, shift)
+    assert torch.equal(window_reverse(windows, height, width, window, shift), x)
+    upstream = draw(1, *windows.shape, dtype=dtype)
+    (grad,) = torch.autograd.grad(windows, x, upstream)
+    assert torch.equal(grad, window_reverse(upstream, height, width, window, shift))
+    y = draw(2, *windows.shape, dtype=dtype).requires_grad_()
+    image = window_reverse(y, height, width, window, shift)
+    assert torch.equal(window_partition(image, window, shift), y)
+    upstream = draw(3, *image.shape, dtype=dtype, strides=strides)
+    (grad,) = torch.autograd.grad(image, y, upstream)
+    assert torch.equal(grad, window_partition(upstream, window, shift))
+    numbers = torch.arange(height * width).view(1, height, width)
+    for w, window_tokens in enumerate(window_partition(numbers, window, shift)[0].tolist()):
+        top, left = w // (width // window) * window + shift, w % (width // window) * window + shift
+        assert window_tokens == [(top + i) % height * width + (left + j) % width for i in range(window) for j in range(window)]
+
+
+@each_training
+@each_low_dtype
+def test_autocast(dtype, frozen):
+    grid = GRIDS["wide-shifted"]
+    hold(problem(*grid), grid=grid, frozen=frozen, autocast=dtype)
+
+
+@pytest.mark.parametrize("grid", [(2, 4, 2, 0), (2, 4, 2, 1)], ids=["plain", "shifted"])
+def test_gradcheck_of_the_reference(grid):
+    inputs = [x.requires_grad_() for x in problem(*grid, frames=1, heads=2, head_dim=2, dtype=torch.float64).values()]
+    assert torch.autograd.gradcheck(function(reference, grid), inputs)
+
+
+@each_training
+@each_small_grid
+def test_compiled(grid, frozen):
+    check_compiled(
+        function(ops, grid),
+        partial(hold, grid=grid, frozen=frozen),
+        lambda batch: problem(*grid, frames=batch, head_dim=8),
+        batched=["qkv"],
+    )
+
+
+ERRORS = {
+    "qkv": ({"qkv": draw(0, 2, 98, 3, 2, 16)}, r"qkv: expected shape \[F, H, W, 3, h, d\], got \[2, 98, 3, 2, 16\]"),
+    "bias": ({"bias": draw(0, 2, 49, 48)}, r"bias: expected shape \[2, 49, 49\], got \[2, 49, 48\]"),
+    "heads": ({"bias": draw(0, 3, 49, 49)}, r"bias: expected shape \[2, 49, 49\], got \[3, 49, 49\]"),
+    "grid": ({"window": 5}, r"expected height and width in multiples of size .* got WindowGrid\(height=14, width=14, size=5"),
+    "shift": ({"shift": 7}, "expected .* 0 <= shift < size, got .*shift=7"),
+    "mask": ({"mask": draw(0, 3, 49, 49)}, r"mask: expected shape \[4, 49, 49\], got \[3, 49, 49\]"),
+    "dtype": ({"bias": draw(0, 2, 49, 49).half()}, "expected one floating dtype.*qkv torch.float32, bias torch.float16"),
+}
+
+
+@pytest.mark.parametrize(("changed", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_errors(changed, message):
+    arguments = problem(14, 14, 7, 3) | {"window": 7, "shift": 3, "scale": 0.2}
+    with pytest.raises(ValueError, match=message):
+        ops.window_attention(**arguments | changed)

@@ -1,0 +1,51 @@
+"""The README says what was measured, and its code runs."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from benchmarks.table import table, with_table
+from stgcma_fast.config import BACKBONES
+from tests.support.models import inputs
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_table_is_made_from_the_results():
+    assert with_table(README, table()) == README
+    assert len(table().splitlines()) > 2
+
+
+def test_five_lines_run(tmp_path, monkeypatch):
+    """With the preset made small and a checkpoint of our own in the published form."""
+    import stgcma_fast as sf
+    from stgcma_fast import config
+
+    monkeypatch.chdir(tmp_path)
+    small = sf.SwinConfig(image_size=56, embed_dim=32, depths=(1, 1), num_heads=(1, 2))
+    monkeypatch.setitem(config.BACKBONES, "swin_l", small)
+    monkeypatch.setitem(config.ADAPTER_RATIOS, ("swin_l", "base"), (0.5, 0.25))
+    published = sf.FastSTGCMA("swin_l").state_dict()
+    torch.save({f"module.{key}": value for key, value in published.items()}, "best_audio_model.pth")
+    audio, video, _ = inputs(sf.preset("swin_l"), batch=1)
+    names = {"torch": torch, "audio": audio, "video": video}
+    exec(re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1), names)
+    assert names["logits"].shape == (10, 29)
+
+
+def test_commands_are_targets():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([\w-]+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}: venv$", makefile, re.MULTILINE), target
+
+
+def test_every_operator_has_its_files():
+    ops = {p.stem for p in (ROOT / "docs/ops").glob("*.md")}
+    assert ops >= {"cross_modal", "adapter", "av_adapter", "layer_norm"}
+    assert ops >= {"temporal_attention", "window_attention", "spatial_attention"}
+    for stem in ops:
+        for path in (f"stgcma_fast/ops/{stem}.py", f"stgcma_fast/reference/{stem}.py", f"tests/ops/test_{stem}.py"):
+            assert (ROOT / path).is_file(), path
+    assert all(arch in README for arch in BACKBONES)

@@ -1,0 +1,1 @@
+"""What the tests share: drawn inputs, and the yardstick they are held to."""
