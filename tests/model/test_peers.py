@@ -1,46 +1,39 @@
 """With adapters at their initial values the trunk is timm's Swin and transformers' CLIP vision tower, frame by frame.
 
-Both peers get the same random weights, through `load_pretrained`. In float64 the agreement is to the last digits; in float32
-our error may be twice that of the peer, both against float64.
+Both peers get the same random weights, through `load_pretrained`. In float64 the agreement is to the last digits; float32 is
+held to the yardstick, with the peer in the place of the reference.
 """
 
 import copy
-import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from stgcma_fast import ClipConfig, FastSTGCMA, ModelConfig, SwinConfig, load_pretrained
 from stgcma_fast.backbones import clip, swin
 from stgcma_fast.reference import ReferenceSTGCMA
+from tests.support.numerics import assert_close
 
 IMPLEMENTATIONS = {"reference": ReferenceSTGCMA, "fast": FastSTGCMA}
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
-@pytest.fixture
-def clip_peer(monkeypatch):
-    """Builds transformers' CLIP vision tower for a `ClipConfig`."""
-    # transformers looks for a package named `kernels`, and would take the folder of this repository for it.
-    monkeypatch.setitem(sys.modules, "kernels", None)
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    def build(backbone):
-        config = CLIPVisionConfig(
-            hidden_size=backbone.embed_dim,
-            intermediate_size=4 * backbone.embed_dim,
-            num_hidden_layers=backbone.layers,
-            num_attention_heads=backbone.heads,
-            image_size=backbone.image_size,
-            patch_size=backbone.patch_size,
-            hidden_act="quick_gelu",
-        )
-        return CLIPVisionModel(config)
-
-    return build
+def clip_peer(backbone: ClipConfig) -> CLIPVisionModel:
+    """transformers' CLIP vision tower of the same sizes."""
+    config = CLIPVisionConfig(
+        hidden_size=backbone.embed_dim,
+        intermediate_size=4 * backbone.embed_dim,
+        num_hidden_layers=backbone.layers,
+        num_attention_heads=backbone.heads,
+        image_size=backbone.image_size,
+        patch_size=backbone.patch_size,
+        hidden_act="quick_gelu",
+    )
+    return CLIPVisionModel(config)
 
 
 def randomize(model: nn.Module) -> nn.Module:
@@ -96,10 +89,8 @@ def compare(peer, peer_features, backbone, rgb_of_audio, implementation, tmp_pat
         assert hi[m].std() > 0.1
         assert (hi[m][0] - hi[m][1]).abs().max() > 0.1, "the frames are alike, so this proves little"
         torch.testing.assert_close(exact[m], hi[m], rtol=0, atol=1e-12)
-        e_fast, e_low = ((x[m] - hi[m]).abs().max().item() for x in (fast, low))
-        print(m, implementation, e_fast, e_low, *[((x[m]-hi[m])**2).mean().sqrt().item() for x in (fast,low)], hi[m].abs().max().item(), (exact[m]-hi[m]).abs().max().item())
-        continue
-        assert e_fast <= 2 * e_low, f"{m}: {e_fast:.2e} from float64, the peer {e_low:.2e}"
+        # Both round to float32 everywhere; the longest sums, of the last FFN layer, may be ordered otherwise.
+        assert_close("features", m, fast[m], hi[m], low[m], reductions=(4 * hi[m].shape[-1],))
 
 
 def compare_swin(backbone, implementation, tmp_path):
@@ -129,7 +120,7 @@ def test_swin(implementation, tmp_path):
 
 
 @each_implementation
-def test_clip(implementation, clip_peer, tmp_path):
+def test_clip(implementation, tmp_path):
     """Audio as large as the image, so that its position table is the image's."""
     backbone = ClipConfig(64, 16, embed_dim=128, layers=2, heads=2, audio_frames=64, mel_bins=64)
     compare_clip(clip_peer(backbone), backbone, implementation, tmp_path)
@@ -145,7 +136,7 @@ def test_swin_large(implementation, tmp_path):
 @pytest.mark.slow
 @each_implementation
 @pytest.mark.parametrize(("patch_size", "embed_dim"), [(16, 768), (14, 1024)])
-def test_clip_full_width(implementation, patch_size, embed_dim, clip_peer, tmp_path):
+def test_clip_full_width(implementation, patch_size, embed_dim, tmp_path):
     """The geometry of ViT-B/16 and ViT-L/14, with CLIP's heads of 64 channels, at two blocks."""
     backbone = ClipConfig(224, patch_size, embed_dim, layers=2, heads=embed_dim // 64, audio_frames=224, mel_bins=224)
     compare_clip(clip_peer(backbone), backbone, implementation, tmp_path)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stgcma_fast import ops, reference
+from stgcma_fast.ops import cross_modal as module
 from tests.support.inputs import draw, each_dtype, each_low_dtype, each_stride
 from tests.support.numerics import check, check_compiled, check_equal_in_float64, evaluate
 
@@ -193,6 +194,85 @@ def test_gradcheck_of_the_reference(fusion):
 
 def test_compiled():
     check_compiled(ops.cross_modal_attention, hold, lambda batch: problem(batch, 20, 13, 8), batched=["visual", "audio"])
+
+
+@pytest.fixture
+def tiled(monkeypatch, poisoned_memory):
+    """Frames of every size go through the tiled form, in tiles of a few rows; the number of calls it served."""
+    calls = []
+    apply = module._TiledAttention.apply
+    monkeypatch.setattr(module._TiledAttention, "apply", lambda *args: calls.append(1) or apply(*args))
+    monkeypatch.setattr(module, "_SMALL_SCORES", 0)
+    monkeypatch.setattr(module, "TILE_BYTES", 2000)
+    yield
+    assert calls
+
+
+@each_size
+def test_tiled_sizes(size, tiled):
+    hold(problem(*size))
+
+
+@pytest.mark.parametrize("fusion", ["both", "a2v", "v2a"])
+@pytest.mark.parametrize("gates", [(0.7, -0.4), (0.0, 0.0)], ids=["open", "closed"])
+def test_tiled_fusions(fusion, gates, tiled):
+    hold([problem(2, 30, 21, 16, gates=gates, seed=10 * seed) for seed in range(5)], fusion=fusion, gate_roundings=1)
+
+
+@each_stride
+def test_tiled_strided_inputs(strides, tiled):
+    hold(problem(3, 20, 13, 24, strides=strides))
+
+
+@each_stride
+def test_tiled_strided_upstream_gradients(strides, tiled):
+    hold(problem(3, 20, 13, 24), upstream=strides)
+
+
+def test_tiled_large_scores(tiled):
+    tensors = problem(2, 49, 40, 96, scale=30**0.5)
+    hold(tensors, scores=(tensors["visual"].double() @ tensors["audio"].double().mT).abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("frozen", "fusion"),
+    [pytest.param(names, f, id=f"{key}-{f}") for key, (names, fusions) in FROZEN.items() for f in fusions if f != "none"],
+)
+def test_tiled_frozen_inputs_change_nothing_else(fusion, frozen, tiled):
+    hold(problem(2, 30, 21, 16), fusion=fusion, frozen=frozen)
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["visual", "audio"])
+def test_tiled_loss_of_one_stream(used, tiled):
+    """The other output is never differentiated."""
+    check(
+        "cross_modal_attention",
+        lambda **tensors: ops.cross_modal_attention(**tensors)[used],
+        lambda **tensors: reference.cross_modal_attention(**tensors)[used],
+        problem(2, 30, 21, 16),
+        reductions=[16, 30, 21],
+        gates={("gate_visual", "gate_audio")[used]: (2, (30, 21)[used], 16)},
+        gate_roundings=4,
+        frozen={("gate_audio", "gate_visual")[used]},
+    )
+
+
+@pytest.mark.parametrize(("tokens", "served"), [(300, False), (600, True)], ids=["small", "large"])
+def test_large_frames_are_tiled(tokens, served):
+    """On the CPU in float32; nothing the size of the scores is kept for the backward."""
+    tensors = {name: x.requires_grad_() for name, x in problem(1, tokens, tokens, 8).items()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        out, _ = ops.cross_modal_attention(**tensors)
+    names = set()
+    nodes = [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    assert any("TiledAttention" in name for name in names) == served
+    assert max(saved) == tokens * 8
+    hold(problem(1, tokens, tokens, 8))
 
 
 ERRORS = {

@@ -38,7 +38,7 @@ def written_out(x, weight, bias, eps=1e-5):
 def hold(tensors, *, fast=ops.layer_norm, law=written_out, **options):
     rows = tensors["x"].shape[:-1].numel()
     if tensors["x"].dtype != torch.float32 and not {"weight", "bias"} <= set(options.get("frozen", ())):
-        # PyTorch sums the gradients of trained parameters over the rows in the dtype of the input: less exact than the equation.
+        # PyTorch sums the gradients of trained parameters over the rows in the dtype of the input.
         law = reference.layer_norm
     return check("layer_norm", fast, law, tensors, reductions=[len(tensors["weight"]), rows], **options)
 

@@ -18,7 +18,7 @@ GRIDS = {
     "tall-shifted": (21, 7, 7, 3),
     "wide": (8, 12, 4, 0),
     "wide-shifted": (8, 12, 4, 2),
-    "window-12-shifted": (12, 24, 12, 6),
+    "window-12-shifted": (12, 12, 12, 6),
     "one-window-shifted": (3, 3, 3, 1),
 }
 each_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
