@@ -46,7 +46,7 @@ IMPLEMENTATIONS: dict[str, Callable[[ModelConfig], tuple[nn.Module, Callable]]] 
 PHASES = ("infer", "train")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # On the CPU the whole command must end within four minutes: rounds are run while they fit into this.
-CPU_SECONDS = 215
+CPU_SECONDS = 228
 CPU_ROUNDS = 5
 CUDA_WARMUP, CUDA_ROUNDS = 10, 50
 
@@ -253,12 +253,14 @@ class Race:
         contender.scaler = torch.amp.GradScaler(self.device, enabled=self.dtype == torch.float16)
         return contender
 
-    def outputs(self, contender: Contender, autocast: bool = True) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """Logits, and for a train phase every trainable gradient, in eval mode: no stochastic depth and no dropout."""
+    def infer(self, contender: Contender, autocast: bool = True) -> Tensor:
+        """One forward."""
+        with torch.inference_mode(), self.autocast(autocast and self.low_precision):
+            return contender.call(self.audio, self.video)
+
+    def gradients(self, contender: Contender, autocast: bool = True) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Logits and every trainable gradient in eval mode: without stochastic depth and dropout."""
         contender.module.eval()
-        if "train" not in self.phases:
-            with torch.inference_mode(), self.autocast(autocast and self.low_precision):
-                return contender.call(self.audio, self.video).float(), {}
         with self.autocast(autocast and self.low_precision):
             logits = contender.call(self.audio, self.video)
             loss = F.cross_entropy(logits, self.target)
@@ -266,12 +268,7 @@ class Race:
         (loss * scale).backward()
         gradients = {name: None if p.grad is None else p.grad / scale for name, p in contender.named_trainable()}
         contender.optimizer.zero_grad()
-        return logits.detach().float(), gradients
-
-    def infer(self, contender: Contender) -> Tensor:
-        """One forward."""
-        with torch.inference_mode(), self.autocast(self.low_precision):
-            return contender.call(self.audio, self.video)
+        return logits.detach(), gradients
 
     def train(self, contender: Contender) -> None:
         """One whole step: forward, loss, backward, optimizer."""
@@ -296,34 +293,36 @@ class Race:
         contender.held += self.level - before
         return seconds, result
 
-    def check(self, progress: Progress) -> list[Contender]:
-        """Build the implementations one after the other and compare each with the reference, before any optimizer step.
+    def check(self, contenders: list[Contender], phase: str, progress: Progress) -> None:
+        """Compare each implementation with the first, the reference, as yet at equal weights. On the CPU also the warm-up.
 
         Raises:
             DisagreementError: an implementation is further off than the yardstick allows.
         """
-        task = progress.add_task("check", total=len({"reference", *self.impls}))
-        reference = self.build("reference", None)
-        hi, hi_gradients = self.outputs(reference, autocast=False)
-        low, low_gradients = self.outputs(reference) if self.low_precision else (None, {})
-        reference.max_abs_err = 0.0 if low is None else (low - hi).abs().max().item()
-        self.hi, self.low = hi, low
+        task = progress.add_task(f"{phase}: check", total=len(contenders))
+
+        def outputs(contender: Contender) -> tuple[Tensor, dict[str, Tensor | None]]:
+            return (self.step(contender, phase, 0)[1], {}) if phase == "infer" else self.gradients(contender)
+
+        reference = contenders[0]
+        hi, hi_gradients = outputs(reference)
+        low, low_gradients = None, {}
+        if self.low_precision:
+            low, low_gradients = hi, hi_gradients
+            reference.module.eval()
+            hi, hi_gradients = (self.infer(reference, False), {}) if phase == "infer" else self.gradients(reference, False)
+            reference.max_abs_err = max(reference.max_abs_err, (low.float() - hi).abs().max().item())
         progress.advance(task)
-        contenders = [reference]
-        for name in self.impls:
-            if name == "reference":
-                continue
-            contender = self.build(name, reference.module.state_dict())
-            seconds, (logits, gradients) = timed(lambda c=contender: self.outputs(c), self.device)
+        for contender in contenders[1:]:
+            seconds, (logits, gradients) = timed(lambda c=contender: outputs(c), self.device)
             contender.first_calls += seconds
-            contender.max_abs_err = (logits - hi).abs().max().item()
-            verify(f"{name}, logits", logits, hi, low, self.dtype, False)
+            verify(f"{contender.name}, {phase}, logits", logits, hi, low, self.dtype, False)
             for key, gradient in hi_gradients.items():
                 if gradient is not None:
-                    verify(f"{name}, gradient of {key}", gradients[key], gradient, low_gradients.get(key), self.dtype, True)
-            contenders.append(contender)
+                    what = f"{contender.name}, gradient of {key}"
+                    verify(what, gradients[key], gradient, low_gradients.get(key), self.dtype, True)
+            contender.max_abs_err = max(contender.max_abs_err, (logits.float() - hi).abs().max().item())
             progress.advance(task)
-        return [c for c in contenders if c.name in self.impls]
 
     def rounds(self, phase: str, first_round: float) -> int:
         """How many timed rounds a phase gets, the first one included."""
@@ -332,16 +331,16 @@ class Race:
         if self.device == "cuda":
             return CUDA_ROUNDS
         left = self.start + CPU_SECONDS - time.perf_counter()
-        # A train step takes about three times a forward and needs that share of the time.
-        share = 0.3 if phase != self.phases[-1] else 1
-        spare = left * share - (1 - share) * first_round
-        return max(1, min(CPU_ROUNDS, 1 + math.floor(spare / first_round)))
+        if phase != self.phases[-1]:
+            # Check and two rounds of train steps take about nine times a round of forwards.
+            left -= 9 * first_round
+        return max(1, min(CPU_ROUNDS, 1 + math.floor(left / first_round)))
 
     def race(self, contenders: list[Contender], phase: str, progress: Progress) -> None:
         """Warm up, then time a phase: the implementations take turns, in alternating order."""
-        task = progress.add_task(phase, total=None)
+        task = progress.add_task(f"{phase}: time", total=None)
         for contender in contenders:
-            # On the CPU the check was the warm-up, but for code that is compiled anew for each phase.
+            # On the CPU the check was the warm-up, but for code that is compiled anew for a train step.
             warmup = CUDA_WARMUP if self.device == "cuda" else int(contender.name == "compiled")
             seconds = [self.step(contender, phase, i)[0] for i in range(warmup)]
             contender.first_calls += sum(seconds[:1])
@@ -349,10 +348,7 @@ class Race:
         while done < total:
             start = time.perf_counter()
             for contender in contenders[:: -1 if done % 2 else 1]:
-                seconds, logits = self.step(contender, phase, done)
-                contender.times.setdefault(phase, []).append(seconds)
-                if phase == "infer" and done == 0:
-                    verify(f"{contender.name}, logits without gradients", logits, self.hi, self.low, self.dtype, False)
+                contender.times.setdefault(phase, []).append(self.step(contender, phase, done)[0])
                 progress.advance(task)
             done += 1
             if done == 1:
@@ -370,12 +366,20 @@ class Race:
         """
         # The float32 reference is the yardstick: no convolution may round its operands to TF32.
         torch.backends.cudnn.allow_tf32 = False
-        columns = (TextColumn("{task.description:>5}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self.console) as progress:
-            contenders = self.check(progress)
+            task = progress.add_task("build", total=len({"reference", *self.impls}))
+            contenders: list[Contender] = []
+            for name in ("reference", *(name for name in self.impls if name != "reference")):
+                contenders.append(self.build(name, contenders[0].module.state_dict() if contenders else None))
+                progress.advance(task)
+            raced = [c for c in contenders if c.name in self.impls]
             for phase in self.phases:
+                self.check(contenders, phase, progress)
+                # What the check itself leaves behind belongs to nobody.
                 self.level = self.meter.used()
-                self.race(contenders, phase, progress)
+                self.race(raced, phase, progress)
+        contenders = raced
         for contender in contenders:
             if contender.name == "compiled":
                 self.console.print(

@@ -106,9 +106,9 @@ def _torch(
     fusion: str,
 ) -> tuple[Tensor, Tensor]:
     pair = down(visual, visual_params), down(audio, audio_params)
-    if window is None or fusion == "none":
+    if fusion != "none" and window is None:
         pair = cross_modal_attention(*pair, gate_visual, gate_audio, fusion=fusion, impl="torch")
-    else:
+    elif fusion != "none":
         height, width, size, shift = window
         windows = (window_partition(h.unflatten(1, (height, width)), size, shift) for h in pair)
         windows = cross_modal_attention(

@@ -127,7 +127,7 @@ def test_disagreement_prints_no_speed(throughput, wrong, tmp_path, capsys):
     file = tmp_path / "rows.json"
     assert throughput.main(["--arch", "swin_l", "--device", "cpu", "--steps", "1", "--json", str(file)]) == 1
     out = " ".join(capsys.readouterr().out.split())
-    assert "fast, logits: error" in out
+    assert "fast, infer, logits: error" in out
     assert "allowed" in out
     assert "clips" not in out
     assert not file.exists()

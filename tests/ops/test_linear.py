@@ -52,20 +52,25 @@ def passes_through_onednn(tensors):
 
 @each_bias
 @each_size
-def test_sizes(size, bias, poisoned_memory):
+def test_sizes(size, bias, poisoned_memory, all_threads):
     tensors = problem(*size, bias=bias)
     assert passes_through_onednn(tensors)
     hold(tensors)
 
 
-@each_stride
-def test_strided_inputs(strides, poisoned_memory):
-    hold(problem((3, 20), 48, 17, strides=strides))
+each_leading = pytest.mark.parametrize("leading", [(3, 20), (20,)], ids=["3d", "2d"])
 
 
+@each_leading
 @each_stride
-def test_strided_upstream_gradients(strides, poisoned_memory):
-    hold(problem((3, 20), 48, 17), upstream=strides)
+def test_strided_inputs(strides, leading, poisoned_memory):
+    hold(problem(leading, 48, 17, strides=strides))
+
+
+@each_leading
+@each_stride
+def test_strided_upstream_gradients(strides, leading, poisoned_memory):
+    hold(problem(leading, 48, 17), upstream=strides)
 
 
 def test_strided_weight(poisoned_memory):

@@ -84,7 +84,7 @@ def test_is_multi_head_attention():
     torch.testing.assert_close(function(ops)(qkv), expected.transpose(0, 1), rtol=1e-12, atol=1e-12)
 
 
-def test_repeated_runs_are_bit_equal():
+def test_repeated_runs_are_bit_equal(all_threads):
     tensors = problem(2, 197, 4, 32)
     first = evaluate(function(ops), tensors)
     for _ in range(5):

@@ -105,7 +105,7 @@ def test_frozen_inputs_change_nothing_else(frozen):
     assert f"grad_{frozen}" not in got
 
 
-def test_repeated_runs_are_bit_equal():
+def test_repeated_runs_are_bit_equal(all_threads):
     tensors = problem(2, 10, 49, 3, 32)
     first = evaluate(function(ops), tensors)
     for _ in range(5):
