@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import ops
 from .ops.dispatch import Impl
@@ -43,18 +44,21 @@ class FrozenLayers(NamedTuple):
     temporal_bias: Callable[[str], Tensor | None]
     # Shape of the mask that drops the temporal residual, for tokens [B, T, S, D].
     drop_shape: Callable[[Tensor], tuple[int, ...]]
+    # Whatever else `attention` reads.
+    tables: tuple[Tensor, ...] = ()
 
     @property
     def trained(self) -> bool:
         """Whether somebody trains a layer that the paper freezes."""
-        return any(t.requires_grad for pair in self[:6] for t in pair)
+        return any(t.requires_grad for pair in (*self[:6], self.tables) for t in pair)
 
 
 class Runner(NamedTuple):
-    """How a model runs its blocks."""
+    """How a model runs its blocks; the meaning is that of `FastSTGCMA`'s arguments."""
 
     impl: Impl
     fold_temporal: bool
+    checkpointing: bool
 
 
 def _pack(xs: Sequence[Tensor]) -> Tensor:
@@ -91,7 +95,7 @@ def _qkv(layers: FrozenLayers, xs: Sequence[Tensor], impl: Impl) -> list[Tensor]
     return [y.unflatten(-1, (3, layers.heads, -1)) for y in _unpack(linear(normed, *layers.qkv), xs)]
 
 
-def _temporal(block: Block, layers: FrozenLayers, streams: Streams, run: Runner) -> Streams:
+def _temporal(block: Block, layers: FrozenLayers, streams: Streams, runner: Runner) -> Streams:
     """``X_t <- X_t + DropPath(TAdapter(MHSA_T(LN(X_t))))``, equations 6 and 7."""
     adapted = [m for m in streams if m in block.config.adapt]
     masks = {m: _drop_mask(block, streams[m], layers.drop_shape(streams[m])) for m in adapted}
@@ -99,29 +103,29 @@ def _temporal(block: Block, layers: FrozenLayers, streams: Streams, run: Runner)
     params: dict[str, AdapterParams | None] = dict.fromkeys(adapted)
     if block.config.use_temporal:
         params = {m: block._params("T_Adapter", m) for m in adapted}
-        if run.fold_temporal:
+        if runner.fold_temporal:
             params = {m: _fold(p, layers.proj) for m, p in params.items()}
 
     def finish(x: Tensor, qkv: Tensor, mask: Tensor | None, bias: Tensor | None, weights: AdapterParams | None) -> Tensor:
-        attended = ops.temporal_attention(qkv, bias, scale=qkv.shape[-1] ** -0.5, impl=run.impl)
-        if weights is None or not run.fold_temporal:
+        attended = ops.temporal_attention(qkv, bias, scale=qkv.shape[-1] ** -0.5, impl=runner.impl)
+        if weights is None or not runner.fold_temporal:
             attended = linear(attended, *layers.proj)
         if weights is not None and mask is None:
-            return ops.adapter(attended, weights, x, impl=run.impl)
-        y = attended if weights is None else ops.adapter(attended, weights, impl=run.impl)
+            return ops.adapter(attended, weights, x, impl=runner.impl)
+        y = attended if weights is None else ops.adapter(attended, weights, impl=runner.impl)
         return x + (y if mask is None else y * mask)
 
     def piece(x: Tensor, mask: Tensor | None, *shared: Tensor) -> Tensor:
-        weights = AdapterParams(*shared[:4]) if block.config.use_temporal else None
-        bias = shared[-1] if len(shared) % 4 else None
-        (qkv,) = _qkv(layers, [x], run.impl)
-        return finish(x, qkv, mask, bias, weights)
+        used = 4 * block.config.use_temporal
+        weights, bias = shared[:used], shared[used:]
+        (qkv,) = _qkv(layers, [x], runner.impl)
+        return finish(x, qkv, mask, bias[0] if bias else None, AdapterParams(*weights) if weights else None)
 
     streams = dict(streams)
     size = None if layers.trained else piece_size(streams[adapted[0]], 2, 3)
     if size is None:
         xs = [streams[m] for m in adapted]
-        qkvs = _qkv(layers, xs, run.impl)
+        qkvs = _qkv(layers, xs, runner.impl)
         done = {m: finish(x, qkv, masks[m], biases[m], params[m]) for m, x, qkv in zip(adapted, xs, qkvs, strict=True)}
         return streams | done
     for m in adapted:
@@ -131,31 +135,33 @@ def _temporal(block: Block, layers: FrozenLayers, streams: Streams, run: Runner)
 
 
 def _frozen_step(
-    inner: Callable[[Sequence[Tensor]], list[Tensor]], tail: Affine, streams: Streams, widening: int, trained: bool
+    inner: Callable[[Sequence[Tensor]], Tensor], tail: Affine, streams: Streams, widening: int, trained: bool
 ) -> Streams:
-    """``linear(inner(x), *tail)`` of every stream ``[F, S, D]``: packed, or one piece of frames at a time."""
+    """``linear(inner(xs), *tail)``: all streams packed, or one piece of a stream at a time. ``inner`` gives packed rows."""
     xs = list(streams.values())
     size = None if trained else piece_size(xs[0], 0, widening)
     if size is None:
-        ys = _unpack(linear(_pack(inner(xs)), *tail), xs)
+        ys = _unpack(linear(inner(xs), *tail), xs)
     else:
-        ys = [stream(lambda x, _: inner([x])[0], x, dim=0, size=size, tail=tail) for x in xs]
+        ys = [stream(lambda x, _: _unpack(inner([x]), [x])[0], x, dim=0, size=size, tail=tail) for x in xs]
     return dict(zip(streams, ys, strict=True))
 
 
-def spatial_step(layers: FrozenLayers, streams: Streams, run: Runner) -> Streams:
+def spatial_step(layers: FrozenLayers, streams: Streams, runner: Runner) -> Streams:
     """``X_med = MHSA(LN(X_s))``, equations 8 and 9, for streams ``[F, S, D]``."""
-    return _frozen_step(
-        lambda xs: [layers.attention(qkv) for qkv in _qkv(layers, xs, run.impl)], layers.proj, streams, 3, layers.trained
-    )
+
+    def inner(xs: Sequence[Tensor]) -> Tensor:
+        return _pack([layers.attention(qkv) for qkv in _qkv(layers, xs, runner.impl)])
+
+    return _frozen_step(inner, layers.proj, streams, 3, layers.trained)
 
 
-def global_step(layers: FrozenLayers, streams: Streams, run: Runner) -> Streams:
+def global_step(layers: FrozenLayers, streams: Streams, runner: Runner) -> Streams:
     """``X_med = FFN(LN(X))``, equations 12 and 13, for streams ``[..., D]``."""
 
-    def inner(xs: Sequence[Tensor]) -> list[Tensor]:
-        normed = _pack([ops.layer_norm(x, *layers.norm2, impl=run.impl) for x in xs])
-        return _unpack(layers.activation(linear(normed, *layers.fc1)), xs)
+    def inner(xs: Sequence[Tensor]) -> Tensor:
+        normed = _pack([ops.layer_norm(x, *layers.norm2, impl=runner.impl) for x in xs])
+        return layers.activation(linear(normed, *layers.fc1))
 
     rows = {m: x.flatten(0, -2) for m, x in streams.items()}
     done = _frozen_step(inner, layers.fc2, rows, 4, layers.trained)
@@ -163,14 +169,14 @@ def global_step(layers: FrozenLayers, streams: Streams, run: Runner) -> Streams:
 
 
 def adapt(
-    block: Block, step: str, streams: Streams, medial: Streams, used: bool, run: Runner, window: ops.WindowGrid | None = None
+    block: Block, step: str, streams: Streams, medial: Streams, used: bool, runner: Runner, window: ops.WindowGrid | None = None
 ) -> Streams:
     """``X <- X + X_med + W_u h'``, equations 10, 11, 14 and 15, for streams ``[F, S, D]``."""
     adapted = block.config.adapt if used else ()
     if len(adapted) < 2:
         sums = {m: x + medial[m] for m, x in streams.items()}
         return {
-            m: ops.adapter(medial[m], block._params(step, m), total, impl=run.impl) if m in adapted else total
+            m: ops.adapter(medial[m], block._params(step, m), total, impl=runner.impl) if m in adapted else total
             for m, total in sums.items()
         }
     visual, audio = ops.av_adapter(
@@ -184,30 +190,40 @@ def adapt(
         residual_audio=streams["audio"],
         window=window,
         fusion=block.config.fusion,
-        impl=run.impl,
+        impl=runner.impl,
     )
     return {"visual": visual, "audio": audio}
 
 
-def forward_block(block: Block, layers: FrozenLayers, streams: Streams, run: Runner) -> Streams:
-    """One block, streams ``[B, T, S, D]`` keyed by modality to the same."""
+def run_block(frozen_layers: Callable[[Block, Impl], FrozenLayers], block: Block, streams: Streams, runner: Runner) -> Streams:
+    """One block, streams ``[B, T, S, D]`` keyed by modality to the same. ``frozen_layers`` is the backbone's."""
+
+    def forward(streams: Streams) -> Streams:
+        return _forward(block, frozen_layers(block, runner.impl), streams, runner)
+
+    if runner.checkpointing and torch.is_grad_enabled():
+        return checkpoint(forward, streams, use_reentrant=False)
+    return forward(streams)
+
+
+def _forward(block: Block, layers: FrozenLayers, streams: Streams, runner: Runner) -> Streams:
     shapes = {m: x.shape for m, x in streams.items()}
     if block.has_temporal:
-        streams = _temporal(block, layers, streams, run)
+        streams = _temporal(block, layers, streams, runner)
     streams = {m: x.flatten(0, 1) for m, x in streams.items()}
-    medial = spatial_step(layers, streams, run)
-    streams = adapt(block, block.SPATIAL, streams, medial, block.config.use_spatial, run, block.spatial_window)
-    medial = global_step(layers, streams, run)
+    medial = spatial_step(layers, streams, runner)
+    streams = adapt(block, block.SPATIAL, streams, medial, block.config.use_spatial, runner, block.spatial_window)
+    medial = global_step(layers, streams, runner)
     if block.parallel_adapter:
-        streams = {m: x + medial[m] + _parallel_adapter(block, layers, m, x, run) for m, x in streams.items()}
+        streams = {m: x + medial[m] + _parallel_adapter(block, layers, m, x, runner) for m, x in streams.items()}
     else:
-        streams = adapt(block, block.GLOBAL, streams, medial, block.config.use_global, run)
+        streams = adapt(block, block.GLOBAL, streams, medial, block.config.use_global, runner)
     return {m: x.view(shapes[m]) for m, x in streams.items()}
 
 
-def _parallel_adapter(block: Block, layers: FrozenLayers, modality: str, x: Tensor, run: Runner) -> Tensor:
+def _parallel_adapter(block: Block, layers: FrozenLayers, modality: str, x: Tensor, runner: Runner) -> Tensor:
     """The one-stream Swin's adapter beside the FFN, for ``[F, S, D]``."""
-    normed = ops.layer_norm(x, *layers.norm2, impl=run.impl)
-    y = 0.5 * ops.adapter(normed, block._params(block.GLOBAL, modality), impl=run.impl)
+    normed = ops.layer_norm(x, *layers.norm2, impl=runner.impl)
+    y = 0.5 * ops.adapter(normed, block._params(block.GLOBAL, modality), impl=runner.impl)
     mask = _drop_mask(block, x, (len(x), 1, 1))
     return y if mask is None else y * mask

@@ -56,9 +56,15 @@ def checked_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[st
     """``state_dict`` without a ``module.`` prefix, after checks that `torch.nn.Module.load_state_dict` does not make.
 
     Raises:
-        ValueError: floating tensors that are not finite, or buffers that differ from those of the model's geometry.
+        ValueError: values that are no tensors, tensors that are not finite, a key given twice, or buffers of another geometry
+            than the model's.
     """
+    strange = [key for key, value in state_dict.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise ValueError(named("expected tensors alone, got other values", strange))
     state = {key.removeprefix(_PREFIX): value for key, value in state_dict.items()}
+    if len(state) != len(state_dict):
+        raise ValueError(f"got keys both with and without {_PREFIX!r}")
     sick = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if sick:
         raise ValueError(named("not finite", sick))
@@ -66,7 +72,8 @@ def checked_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[st
     other = [
         key
         for key, buffer in buffers.items()
-        if key in state and (state[key].shape != buffer.shape or not torch.equal(state[key].to(buffer), buffer))
+        if key in state
+        and (state[key].shape != buffer.shape or not (buffer.is_meta or torch.equal(state[key].to(buffer), buffer)))
     ]
     if other:
         raise ValueError(named("buffers of another window, shift or number of frames than the model's", other))

@@ -24,7 +24,7 @@ def _positive(name: str, got: object) -> None:
 
 def _subset(name: str, got: object) -> tuple[Modality, ...]:
     allowed = get_args(Modality)
-    if isinstance(got, str) or not got or any(m not in allowed for m in got) or len(set(got)) != len(got):
+    if not isinstance(got, tuple | list) or not got or any(m not in allowed for m in got) or len(set(got)) != len(got):
         raise ValueError(f"{name}: got {got!r}, expected a non-empty subset of {allowed}")
     return tuple(m for m in allowed if m in got)
 
@@ -41,8 +41,10 @@ class SwinConfig:
     window: int = 7
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "depths", tuple(self.depths))
-        object.__setattr__(self, "num_heads", tuple(self.num_heads))
+        for name in ("depths", "num_heads"):
+            if not isinstance(getattr(self, name), tuple | list):
+                raise ValueError(f"SwinConfig.{name}: got {getattr(self, name)!r}, expected one number a stage")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("image_size", "patch_size", "embed_dim", "window"):
             _positive(f"SwinConfig.{name}", getattr(self, name))
         for name in ("depths", "num_heads"):
@@ -185,7 +187,7 @@ class ModelConfig:
                 f"fusion: got {self.fusion!r} with adapters on {self.adapt} alone, allowed is 'none': "
                 "the exchange needs the hidden tokens of both streams' adapters"
             )
-        if not 0 <= self.drop_path < 1:
+        if not isinstance(self.drop_path, int | float) or not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path: got {self.drop_path!r}, expected a rate in [0, 1)")
         if self.temporal_without_adapter and self.use_temporal:
             raise ValueError("temporal_without_adapter: got True with use_temporal=True, allowed only with use_temporal=False")
@@ -196,6 +198,9 @@ class ModelConfig:
                 raise ValueError(
                     f"adapter_ratio: got {len(self.adapter_ratio)} numbers, expected one, or one for each of {stages}"
                 )
+        ratios = self.adapter_ratio if isinstance(self.adapter_ratio, tuple) else (self.adapter_ratio,)
+        if not all(isinstance(ratio, int | float) and 0 < ratio < math.inf for ratio in ratios):
+            raise ValueError(f"adapter_ratio: got {self.adapter_ratio!r}, expected positive numbers")
         for stage in range(getattr(self.backbone, "stages", 1)):
             if self.adapter_width(stage) < 1:
                 raise ValueError(f"adapter_ratio: got {self.adapter_ratio!r}, which leaves stage {stage} no adapter channel")
@@ -220,7 +225,10 @@ class ModelConfig:
             ValueError: unknown or missing fields, which are named.
         """
         values = dict(values)
-        backbone = dict(values.pop("backbone", {}))
+        backbone = values.pop("backbone", None)
+        if not isinstance(backbone, dict):
+            raise ValueError(f"backbone: got {backbone!r}, expected a dictionary")
+        backbone = dict(backbone)
         kind = backbone.pop("kind", None)
         kinds = {"swin": SwinConfig, "clip": ClipConfig}
         _allowed("backbone kind", kind, tuple(kinds))
@@ -266,4 +274,7 @@ def preset(arch: str, adapters: str = "base", **switches: Any) -> ModelConfig:
     """
     _allowed("arch", arch, tuple(BACKBONES))
     _allowed("adapters", adapters, ADAPTER_SIZES)
+    unknown = set(switches) - {field.name for field in dataclasses.fields(ModelConfig)} | set(switches) & {"backbone"}
+    if unknown:
+        raise ValueError(f"switches: got {sorted(unknown)}, expected fields of ModelConfig other than backbone")
     return ModelConfig(backbone=BACKBONES[arch], **{"adapter_ratio": ADAPTER_RATIOS[arch, adapters]} | switches)

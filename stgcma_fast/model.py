@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from .backbones import clip, swin
 from .blocks import Runner
 from .checkpoint import checked_state, load_checkpoint
-from .config import ModelConfig, SwinConfig, preset
+from .config import ModelConfig, preset
 from .ops.dispatch import Impl, select
-from .reference.inputs import check_inputs
 from .reference.model import ReferenceSTGCMA, is_trainable
 
 
@@ -24,13 +23,17 @@ class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fas
 
     Args:
         config: a `ModelConfig`, its dictionary, or the name of a preset: "clip_b16", "clip_l14", "swin_b", "swin_l".
-        adapters: with a preset, "tiny" or "base".
-        impl: which implementation serves the operators. "auto" takes the fastest that can; "triton", "torch" and "reference"
-            run as asked or raise with every reason why not.
+        adapters: with the name of a preset, "tiny" or "base", which is the default.
+        impl: which implementation serves the operators. "auto" takes "torch", the only fast one of this version; "triton",
+            "torch" and "reference" run as asked or raise with every reason why not. "reference" is the reference model itself.
         fold_temporal: merge the frozen projection into the temporal adapters' down-projection. Same mathematics, one matrix
             product over all tokens less.
         checkpointing: keep only each block's inputs for the backward and run the block again there.
-        switches: with a preset, any other field of `ModelConfig`.
+        switches: with the name of a preset, any other field of `ModelConfig`.
+
+    Blocks and frozen layers are not called as modules: hooks on them do not run, and modules put in their place are not used,
+    but for ``impl="reference"``. ``impl``, ``fold_temporal`` and ``checkpointing`` are not part of a saved model; give them to
+    ``from_pretrained`` again.
 
     Raises:
         ValueError: a name or a combination no model has.
@@ -41,47 +44,34 @@ class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fas
         self,
         config: ModelConfig | Mapping[str, Any] | str,
         *,
-        adapters: str = "base",
+        adapters: str | None = None,
         impl: Impl = "auto",
         fold_temporal: bool = True,
         checkpointing: bool = False,
         **switches: Any,
     ) -> None:
         if isinstance(config, str):
-            config = preset(config, adapters, **switches)
-        elif switches:
-            raise ValueError(f"got {sorted(switches)} beside a whole configuration; they go with the name of a preset")
-        elif not isinstance(config, ModelConfig):
+            config = preset(config, adapters or "base", **switches)
+        elif switches or adapters is not None:
+            given = sorted([*switches, *(["adapters"] if adapters is not None else [])])
+            raise ValueError(f"got {given} beside a whole configuration; they go with the name of a preset")
+        elif isinstance(config, Mapping):
             config = ModelConfig.from_dict(config)
+        elif not isinstance(config, ModelConfig):
+            raise ValueError(f"config: got {config!r}, expected a ModelConfig, its dictionary, or the name of a preset")
+        if impl == "reference" and checkpointing:
+            raise ValueError("checkpointing: got True with impl='reference', which keeps every activation")
         select("av_adapter", impl)
         super().__init__(config)
-        self.run = Runner(impl, fold_temporal)
-        self.checkpointing = checkpointing
+        self.runner = Runner(impl, fold_temporal, checkpointing)
         self._hub_mixin_config = {"config": config.to_dict()}
 
-    def forward(self, audio: Tensor | None, video: Tensor | None, mode: str | None = None) -> Tensor:
-        """Class scores of every segment.
-
-        Args:
-            audio: filterbanks ``[B, T, time, mel]``, floating; ignored by a model without audio.
-            video: normalized frames ``[B, 3, T, height, width]``, floating; ignored by a model without vision.
-            mode: the published call's third argument: "fusion" or "multimodal" for two streams, "audioonly" or "videoonly"
-                for one. It has no effect beyond a check; the configuration decides.
-
-        Returns:
-            Logits ``[B * T, num_classes]``, t running fastest.
-
-        Raises:
-            ValueError: inputs or a mode that do not fit the configuration, or a frozen part in another dtype without autocast.
-        """
-        if self.run.impl == "reference":
-            return super().forward(audio, video, mode)
-        check_inputs(self.config, audio, video, mode)
-        self._check_dtypes()
-        images = {"visual": lambda: video.transpose(1, 2), "audio": lambda: audio[:, :, None]}
-        backbone = swin if isinstance(self.config.backbone, SwinConfig) else clip
-        features = backbone.features(self, {m: images[m]() for m in self.config.modalities}, self.run, self.checkpointing)
-        return self.mlp_head(torch.cat([features[m] for m in ("audio", "visual") if m in features], -1))
+    def features(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the head reads, ``[B * T, D]`` a stream, from images ``[B, T, c, height, width]``."""
+        self._check_dtypes(images)
+        if self.runner.impl == "reference":
+            return super().features(images)
+        return (swin if self.is_swin else clip).features(self, images, self.runner)
 
     def _frozen_products(self) -> Iterator[nn.Parameter]:
         """Weights and biases of the frozen linear and convolution layers."""
@@ -91,18 +81,24 @@ class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fas
                 if product and not is_trainable(name):
                     yield parameter
 
-    def _check_dtypes(self) -> None:
-        patches = self.patch_embed.proj if isinstance(self.config.backbone, SwinConfig) else self.conv1
-        frozen, trained = patches.weight, self.mlp_head[-1].weight
-        if frozen.dtype != trained.dtype and not torch.is_autocast_enabled(frozen.device.type):
-            raise ValueError(
-                f"the frozen layers are {frozen.dtype}, the trained ones {trained.dtype}: call the model under torch.autocast"
-            )
+    def _check_dtypes(self, images: dict[str, Tensor]) -> None:
+        frozen = (self.patch_embed.proj if self.is_swin else self.conv1).weight
+        if torch.is_autocast_enabled(frozen.device.type):
+            return
+        for name, dtype in {
+            "the trained layers": self.mlp_head[-1].weight.dtype,
+            **{m: x.dtype for m, x in images.items()},
+        }.items():
+            if dtype != frozen.dtype:
+                raise ValueError(
+                    f"{name}: got {dtype}, expected {frozen.dtype} like the frozen layers, or a call under torch.autocast"
+                )
 
     def cast_frozen(self, dtype: torch.dtype) -> FastSTGCMA:
         """Hold the frozen products' weights in ``dtype``, once, for calls under autocast to the same dtype.
 
-        Autocast would otherwise cast them anew in every call. Norms, tables and everything trained keep their dtype.
+        Autocast would otherwise cast them anew in every call. Norms, tables and everything trained keep their dtype. The
+        weights are rounded for good: what is saved afterwards holds the rounded ones.
         """
         for parameter in self._frozen_products():
             parameter.data = parameter.data.to(dtype)

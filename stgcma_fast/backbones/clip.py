@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from .. import ops
-from ..blocks import FrozenLayers, Runner, Streams, forward_block
+from ..blocks import FrozenLayers, Runner, Streams, run_block
 from ..ops.dispatch import Impl
-from ..reference.model import ClipBlock, clip_embed
+from ..reference.model import ClipBlock, clip_embeddings
 
 
 def frozen_layers(block: ClipBlock, impl: Impl) -> FrozenLayers:
@@ -29,21 +27,10 @@ def frozen_layers(block: ClipBlock, impl: Impl) -> FrozenLayers:
     )
 
 
-def _forward_block(block: ClipBlock, streams: Streams, run: Runner) -> Streams:
-    return forward_block(block, frozen_layers(block, run.impl), streams, run)
-
-
-def features(model: nn.Module, images: Streams, run: Runner, checkpointing: bool) -> Streams:
+def features(model: nn.Module, images: Streams, runner: Runner) -> Streams:
     """One feature ``[B * T, D]`` a stream from images ``[B, T, c, height, width]``: the last block's class token."""
-    tables = {
-        "visual": (model.conv1, model.positional_embedding, model.temporal_embedding),
-        "audio": (model.conv1_audio, model.positional_embedding_audio, model.temporal_embedding_audio),
-    }
-    streams = {m: clip_embed(model, x, *tables[m]) for m, x in images.items()}
+    streams = clip_embeddings(model, images)
     for block in model.transformer.resblocks:
-        if checkpointing and torch.is_grad_enabled():
-            streams = checkpoint(_forward_block, block, streams, run, use_reentrant=False)
-        else:
-            streams = _forward_block(block, streams, run)
+        streams = run_block(frozen_layers, block, streams, runner)
     norm = model.ln_post
-    return {m: ops.layer_norm(x[:, :, 0], norm.weight, norm.bias, impl=run.impl).flatten(0, 1) for m, x in streams.items()}
+    return {m: ops.layer_norm(x[:, :, 0], norm.weight, norm.bias, impl=runner.impl).flatten(0, 1) for m, x in streams.items()}

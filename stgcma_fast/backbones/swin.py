@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .. import ops
-from ..blocks import FrozenLayers, Runner, Streams, forward_block
+from ..blocks import FrozenLayers, Runner, Streams, run_block
 from ..ops.dispatch import Impl
 from ..ops.linear import linear
 from ..reference.model import PatchMerging, SwinBlock
@@ -41,11 +39,8 @@ def frozen_layers(block: SwinBlock, impl: Impl) -> FrozenLayers:
         attention=attention,
         temporal_bias=block.attn.temporal_bias,
         drop_shape=lambda x: (x.shape[0], 1, x.shape[2], 1),
+        tables=(bias,),
     )
-
-
-def _forward_block(block: SwinBlock, streams: Streams, run: Runner) -> Streams:
-    return forward_block(block, frozen_layers(block, run.impl), streams, run)
 
 
 def _merge(layer: PatchMerging, x: Tensor, side: int, impl: Impl) -> Tensor:
@@ -55,18 +50,15 @@ def _merge(layer: PatchMerging, x: Tensor, side: int, impl: Impl) -> Tensor:
     return linear(normed, layer.reduction.weight)
 
 
-def features(model: nn.Module, images: Streams, run: Runner, checkpointing: bool) -> Streams:
+def features(model: nn.Module, images: Streams, runner: Runner) -> Streams:
     """One feature ``[B * T, C]`` a stream from images ``[B, T, c, height, width]``: the mean of the normalized tokens."""
     embeds = {"visual": model.patch_embed, "audio": model.patch_embed_audio}
     streams = {m: embeds[m](x.transpose(1, 2)) for m, x in images.items()}
     for stage, layer in enumerate(model.layers):
         for block in layer.blocks:
-            if checkpointing and torch.is_grad_enabled():
-                streams = checkpoint(_forward_block, block, streams, run, use_reentrant=False)
-            else:
-                streams = _forward_block(block, streams, run)
+            streams = run_block(frozen_layers, block, streams, runner)
         if layer.downsample is not None:
             side = model.config.backbone.resolution(stage)
-            streams = {m: _merge(layer.downsample, x, side, run.impl) for m, x in streams.items()}
+            streams = {m: _merge(layer.downsample, x, side, runner.impl) for m, x in streams.items()}
     norm = model.norm
-    return {m: ops.layer_norm(x, norm.weight, norm.bias, impl=run.impl).mean(2).flatten(0, 1) for m, x in streams.items()}
+    return {m: ops.layer_norm(x, norm.weight, norm.bias, impl=runner.impl).mean(2).flatten(0, 1) for m, x in streams.items()}

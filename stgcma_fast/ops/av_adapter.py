@@ -84,7 +84,7 @@ def av_adapter(
 def check_window_grid(window: WindowGrid, *tokens: int) -> None:
     """Raise ValueError unless whole windows cover the grid and the grid holds the given numbers of tokens."""
     height, width, size, shift = window
-    if height % size or width % size or not 0 <= shift < size:
+    if size < 1 or height % size or width % size or not 0 <= shift < size:
         raise ValueError(f"window: expected height and width in multiples of size and 0 <= shift < size, got {window}")
     if any(n != height * width for n in tokens):
         raise ValueError(

@@ -62,7 +62,9 @@ class _TiledAttention(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, visual: Tensor, audio: Tensor, to_visual: bool, to_audio: bool) -> tuple[Tensor | None, Tensor | None]:
+        ctx.set_materialize_grads(False)
         heard_visual, lse_visual = _attend_in_tiles(visual, audio) if to_visual else (None, None)
         heard_audio, lse_audio = _attend_in_tiles(audio, visual) if to_audio else (None, None)
         ctx.save_for_backward(visual, audio, heard_visual, heard_audio, lse_visual, lse_audio)
@@ -70,11 +72,11 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad_visual: Tensor | None, grad_audio: Tensor | None) -> tuple[Tensor | None, ...]:
         visual, audio, heard_visual, heard_audio, lse_visual, lse_audio = ctx.saved_tensors
         d_visual, d_audio = torch.zeros_like(visual), torch.zeros_like(audio)
-        to_visual = heard_visual is not None and grad_visual is not None
-        to_audio = heard_audio is not None and grad_audio is not None
+        to_visual, to_audio = grad_visual is not None, grad_audio is not None
         for group in range(len(visual)):
             a = audio[group].contiguous()
             if to_audio:
@@ -93,9 +95,8 @@ class _TiledAttention(torch.autograd.Function):
                     q = scores.sub_(lse_audio[group, :, 0]).exp_()
                     d_scores = linear(v, g_a, minus_e).mul_(q).add_(d_scores)
                     d_visual[group, rows] = input_gradient(q, g_a)
-                if to_visual or to_audio:
-                    d_visual[group, rows] += input_gradient(d_scores, a)
-                    d_audio[group].addmm_(d_scores.t(), v)
+                d_visual[group, rows] += input_gradient(d_scores, a)
+                d_audio[group].addmm_(d_scores.t(), v)
         return d_visual, d_audio, None, None
 
 

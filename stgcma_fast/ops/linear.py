@@ -15,7 +15,9 @@ def _image(rows: Tensor) -> Tensor:
 
 
 def _rows(image: Tensor) -> Tensor:
-    return image.permute(0, 2, 3, 1).flatten(0, 2)
+    rows = image.permute(0, 2, 3, 1)
+    # No view in autograd's books, so that the result may be written to, as that of any other product.
+    return torch.ops.aten._unsafe_view(rows, [rows.shape[:3].numel(), rows.shape[3]])
 
 
 def _conv_gradients(grad: Tensor, x: Tensor | None, weight: Tensor, wanted: tuple[bool, bool, bool]) -> tuple:
@@ -73,6 +75,8 @@ def served_by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` sends this product to oneDNN."""
     return (
         _HAS_ONEDNN
+        and torch.backends.mkldnn.enabled
+        and x.numel() > 0
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")

@@ -58,9 +58,14 @@ class _Stream(torch.autograd.Function):
             if needs_x:
                 _narrow(grad_x, ctx.dim, start, ctx.size).copy_(grads[0])
                 grads = grads[1:]
-            totals = list(grads) if totals is None else [total.add_(g) for total, g in zip(totals, grads, strict=True)]
+            if totals is None:
+                # Many pieces' gradients are summed up: in float32 at least.
+                totals = [torch.zeros_like(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+            for total, g in zip(totals, grads, strict=True):
+                total.add_(g)
         totals = iter(totals or ())
-        return None, None, None, None, grad_x, None, *(next(totals) if needed else None for needed in needs_shared)
+        grad_shared = (next(totals).to(t.dtype) if t.requires_grad else None for t in shared)
+        return None, None, None, None, grad_x, None, *grad_shared
 
 
 def _narrow(x: Tensor | None, dim: int, start: int, size: int) -> Tensor | None:
@@ -97,7 +102,8 @@ def stream(
     """``linear(step(x, along, *shared), *tail)``, piece by piece along ``dim``; same shape as ``x``.
 
     Nothing but the inputs is kept for the backward, which runs ``step`` again on one piece at a time. ``tail`` is frozen and is
-    not run again. First-order gradients flow to ``x`` and ``shared`` alone; whatever else ``step`` reads must be frozen.
+    not run again. First-order gradients flow to ``x`` and ``shared`` alone; whatever else ``step`` reads must be frozen, and
+    must not be changed between forward and backward.
 
     Args:
         step: a function that works on each index of ``dim`` by itself.

@@ -28,8 +28,8 @@ def _check_shape(name: str, got: Tensor | None, expected: tuple[str | int, ...])
         raise ValueError(f"{wanted}, got shape {list(got.shape)}")
 
 
-def check_inputs(config: ModelConfig, audio: Tensor | None, video: Tensor | None, mode: str | None) -> int:
-    """The batch size of a call.
+def check_inputs(config: ModelConfig, audio: Tensor | None, video: Tensor | None, mode: str | None) -> None:
+    """Raise unless a call fits the configuration.
 
     Args:
         config: the model's configuration.
@@ -56,4 +56,3 @@ def check_inputs(config: ModelConfig, audio: Tensor | None, video: Tensor | None
         batches.append(video.shape[0])
     if batches[0] != batches[-1]:
         raise ValueError(f"batch sizes differ: audio has {batches[0]} clips, video has {batches[-1]}")
-    return batches[0]

@@ -230,13 +230,18 @@ def clip_embed(model: nn.Module, images: Tensor, conv: nn.Conv2d, positions: Ten
     return model.ln_pre(x.view(batch, frames, *x.shape[1:]) + times[:, :, None])
 
 
-def clip_features(model: nn.Module, images: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One feature ``[F, D]`` a stream: the class token after the last block."""
+def clip_embeddings(model: nn.Module, images: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tokens ``[B, T, N, D]`` of every stream."""
     tables = {
         "visual": (model.conv1, model.positional_embedding, model.temporal_embedding),
         "audio": (model.conv1_audio, model.positional_embedding_audio, model.temporal_embedding_audio),
     }
-    streams = {m: clip_embed(model, x, *tables[m]) for m, x in images.items()}
+    return {m: clip_embed(model, x, *tables[m]) for m, x in images.items()}
+
+
+def clip_features(model: nn.Module, images: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One feature ``[F, D]`` a stream: the class token after the last block."""
+    streams = clip_embeddings(model, images)
     for block in model.transformer.resblocks:
         streams = block(streams)
     return {m: model.ln_post(x[:, :, 0]).flatten(0, 1) for m, x in streams.items()}
@@ -406,23 +411,34 @@ class ReferenceSTGCMA(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        build, self._features = (
-            (build_swin, swin_features) if hasattr(config.backbone, "window") else (build_clip, clip_features)
-        )
-        self.mlp_head = Head(build(self, config), config)
+        self.is_swin = hasattr(config.backbone, "window")
+        self.mlp_head = Head((build_swin if self.is_swin else build_clip)(self, config), config)
         init_parameters(self)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_trainable(name))
 
+    def features(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the head reads, ``[B * T, D]`` a stream, from images ``[B, T, c, height, width]``."""
+        return (swin_features if self.is_swin else clip_features)(self, images)
+
     def forward(self, audio: Tensor | None, video: Tensor | None, mode: str | None = None) -> Tensor:
-        """Class scores ``[B * T, num_classes]``, t running fastest, from ``[B, T, time, mel]`` and ``[B, 3, T, H, W]``.
+        """Class scores of every segment.
+
+        Args:
+            audio: filterbanks ``[B, T, time, mel]``, floating; ignored by a model without audio.
+            video: normalized frames ``[B, 3, T, height, width]``, floating; ignored by a model without vision.
+            mode: the published call's third argument: "fusion" or "multimodal" for two streams, "audioonly" or "videoonly"
+                for one. It has no effect beyond a check; the configuration decides.
+
+        Returns:
+            Logits ``[B * T, num_classes]``, t running fastest.
 
         Raises:
             ValueError: inputs or a mode that do not fit the configuration.
         """
         check_inputs(self.config, audio, video, mode)
         images = {"visual": lambda: video.transpose(1, 2), "audio": lambda: audio[:, :, None]}
-        features = self._features(self, {m: images[m]() for m in self.config.modalities})
+        features = self.features({m: images[m]() for m in self.config.modalities})
         return self.mlp_head(torch.cat([features[m] for m in ("audio", "visual") if m in features], -1))
 
 

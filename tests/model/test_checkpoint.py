@@ -253,3 +253,24 @@ def test_pretrained_folder_is_loaded_strictly(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors is truncated or is no checkpoint"):
         FastSTGCMA.from_pretrained(tmp_path)
+
+
+def test_values_that_are_no_tensors_are_named():
+    model = FastSTGCMA(tiny_config("swin"))
+    with pytest.raises(ValueError, match="got other values: model, epoch"):
+        model.load_state_dict({"model": model.state_dict(), "epoch": 3})
+
+
+def test_a_key_with_and_without_prefix_is_refused():
+    model = FastSTGCMA(tiny_config("swin"))
+    state = model.state_dict()
+    with pytest.raises(ValueError, match=r"both with and without 'module\.'"):
+        model.load_state_dict(state | {"module.norm.weight": state["norm.weight"]})
+
+
+def test_a_model_on_the_meta_device_can_be_filled():
+    state = FastSTGCMA(tiny_config("swin")).state_dict()
+    with torch.device("meta"):
+        model = FastSTGCMA(tiny_config("swin"))
+    model.load_state_dict(state, assign=True)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import stgcma_fast as sf
 from stgcma_fast.ops import stream
@@ -103,10 +104,39 @@ def test_trained_backbone_is_not_streamed(monkeypatch):
     for model in (reference, fast):
         model.layers[0].blocks[0].mlp.fc1.weight.requires_grad_(True)
         model.layers[1].blocks[0].attn.qkv.bias.requires_grad_(True)
+        model.layers[0].blocks[1].attn.relative_position_bias_table.requires_grad_(True)
     batch = inputs(reference.config, dtype=torch.float64)
     got, wanted = _run(fast.eval(), *batch), _run(reference.eval(), *batch)
     assert "layers.0.blocks.0.mlp.fc1.weight" in wanted[1]
     _assert_same(got, wanted)
+
+
+def test_trained_bias_table_alone_is_not_streamed(monkeypatch):
+    """The attention reads the table through a closure: its gradient was lost when nothing else was unfrozen."""
+    monkeypatch.setattr(stream, "PIECE_BYTES", 20_000)
+    _, fast = _pair("swin")
+    table = fast.layers[0].blocks[1].attn.relative_position_bias_table.requires_grad_(True)
+    _run(fast.eval(), *inputs(fast.config, dtype=torch.float64))
+    assert table.grad.abs().max() > 0
+
+
+def test_packed_path_copies_no_hidden_tensor_of_the_ffn():
+    """The widest tensor of a block was taken apart and put together again between two products."""
+    _, fast = _pair("swin", dtype=torch.float32)
+    widths = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.cat.default:
+                widths.append(out.shape[-1])
+            return out
+
+    with Watch(), torch.inference_mode():
+        fast.eval()(*inputs(fast.config)[:2])
+    dim = fast.config.backbone.width(1)
+    assert dim in widths
+    assert 4 * dim not in widths
 
 
 def _errors(arch, dtype, run_low, run_fast):
@@ -161,8 +191,16 @@ def test_autocast(arch, dtype, cast):
 
 def test_cast_frozen_needs_autocast():
     model = sf.FastSTGCMA(tiny_config("swin")).cast_frozen(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"bfloat16.*float32.*autocast"):
+    with pytest.raises(ValueError, match=r"got torch.float32, expected torch.bfloat16.*autocast"):
         model(*inputs(model.config)[:2])
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_inputs_of_another_dtype_are_named(impl):
+    model = sf.FastSTGCMA(tiny_config("swin"), impl=impl)
+    audio, video, _ = inputs(model.config)
+    with pytest.raises(ValueError, match=r"audio: got torch.float64, expected torch.float32"):
+        model(audio.double(), video)
 
 
 def test_cast_frozen_holds_weights_once():
@@ -340,5 +378,10 @@ def test_presets_by_name_and_switches():
     with torch.device("meta"):
         model = sf.FastSTGCMA("swin_l", adapters="base", task="ave", num_classes=12)
     assert model.config == sf.preset("swin_l", "base", num_classes=12)
-    with pytest.raises(ValueError, match="num_classes"):
-        sf.FastSTGCMA(tiny_config("swin"), num_classes=3)
+    for arguments in ({"num_classes": 3}, {"adapters": "tiny"}):
+        with pytest.raises(ValueError, match=f"got \\['{next(iter(arguments))}'\\] beside a whole configuration"):
+            sf.FastSTGCMA(tiny_config("swin"), **arguments)
+    with pytest.raises(ValueError, match="config: got None, expected a ModelConfig"):
+        sf.FastSTGCMA(None)
+    with pytest.raises(ValueError, match="checkpointing: got True with impl='reference'"):
+        sf.FastSTGCMA(tiny_config("swin"), impl="reference", checkpointing=True)

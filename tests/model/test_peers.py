@@ -14,7 +14,6 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from stgcma_fast import ClipConfig, FastSTGCMA, ModelConfig, SwinConfig, load_pretrained
-from stgcma_fast.backbones import clip, swin
 from stgcma_fast.reference import ReferenceSTGCMA
 from tests.support.numerics import assert_close
 
@@ -49,14 +48,6 @@ def randomize(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def features(model, images):
-    """What the head gets from each stream, for images ``[B, T, c, height, width]``."""
-    if isinstance(model, FastSTGCMA):
-        backbone = swin if isinstance(model.config.backbone, SwinConfig) else clip
-        return backbone.features(model, images, model.run, False)
-    return model._features(model, images)
-
-
 @torch.no_grad()
 def compare(peer, peer_features, backbone, rgb_of_audio, implementation, tmp_path):
     """Hold our features of both streams to the peer's, in float64 and in float32.
@@ -83,8 +74,8 @@ def compare(peer, peer_features, backbone, rgb_of_audio, implementation, tmp_pat
 
     hi = {m: peer_features(peer64, x.double()) for m, x in rgb.items()}
     low = {m: peer_features(peer, x.float()) for m, x in rgb.items()}
-    exact = features(model, {m: x.double() for m, x in images.items()})
-    fast = features(model.float(), images)
+    exact = model.features({m: x.double() for m, x in images.items()})
+    fast = model.float().features(images)
     for m in images:
         assert hi[m].std() > 0.1
         assert (hi[m][0] - hi[m][1]).abs().max() > 0.1, "the frames are alike, so this proves little"

@@ -299,3 +299,16 @@ ERRORS = {
 def test_errors(changed, message):
     with pytest.raises(ValueError, match=message):
         ops.cross_modal_attention(**problem(2, 20, 13, 8) | changed)
+
+
+def test_tiled_backward_may_run_under_autocast(monkeypatch):
+    """A forward outside autocast and a backward inside mixed two dtypes in one product."""
+    monkeypatch.setattr(module, "_SMALL_SCORES", 0)
+    v, a = (torch.randn(2, 5, 4, requires_grad=True) for _ in range(2))
+    gates = torch.ones(1), torch.ones(1)
+    out = ops.cross_modal_attention(v, a, *gates)
+    upstream = [torch.randn_like(x) for x in out]
+    wanted = torch.autograd.grad(out, (v, a), upstream, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(out, (v, a), upstream)
+    assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from stgcma_fast.ops import linear as module
-from stgcma_fast.ops.linear import input_gradient, linear
+from stgcma_fast.ops.linear import input_gradient, linear, served_by_onednn
 from tests.support.inputs import draw, dtype_id, each_stride
 from tests.support.numerics import check, check_compiled, check_equal_in_float64, evaluate
 
@@ -143,3 +143,26 @@ def test_compiled():
 def test_input_gradient(dtype, strides, poisoned_memory):
     tensors = {"grad": draw(0, 3, 20, 17, dtype=dtype, strides=strides), "weight": draw(1, 17, 48, dtype=dtype)}
     check("input_gradient", input_gradient, lambda grad, weight: grad @ weight, tensors, reductions=[17], frozen=tensors)
+
+
+def test_no_rows():
+    """Convolutions refuse them; products do not."""
+    x = torch.zeros(0, 5, requires_grad=True)
+    y = linear(x, torch.ones(3, 5), torch.ones(3))
+    assert y.shape == (0, 3)
+    assert torch.autograd.grad(y, x, torch.zeros(0, 3))[0].shape == (0, 5)
+
+
+def test_result_may_be_written_to():
+    """It was a view made inside a custom function, which autograd protects."""
+    x = torch.randn(4, 5, requires_grad=True)
+    weight, grad = torch.randn(3, 5), torch.randn(4, 3)
+    y = linear(x, weight).mul_(2)
+    torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], 2 * grad @ weight)
+
+
+def test_onednn_can_be_switched_off():
+    x = torch.zeros(1, 1)
+    assert served_by_onednn(x, x)
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        assert not served_by_onednn(x, x)

@@ -224,3 +224,21 @@ def test_model_in_pieces(arch, switches, dtype, monkeypatch):
             continue
         error = (x - packed[name]).norm() / packed[name].norm()
         assert error <= tolerance, f"{name}: relative error {error:.1e}"
+
+
+def test_gradients_of_pieces_are_not_written_into_one_another():
+    """The first piece's gradient served as the sum, although it may be the caller's upstream gradient or shared by two."""
+    x, p, q = (torch.randn(3, 1, requires_grad=i > 0) for i in range(3))
+    p, q = (t.detach()[:1].requires_grad_() for t in (p, q))
+    upstream = torch.tensor([[1.0], [2.0], [4.0]])
+    y = stream(lambda piece, _, a, b: piece + a + b, x, p, q, dim=0, size=1)
+    gradients = torch.autograd.grad(y, (p, q), upstream)
+    assert [g.item() for g in gradients] == [7.0, 7.0]
+    assert upstream.flatten().tolist() == [1.0, 2.0, 4.0]
+
+
+def test_low_precision_gradients_of_many_pieces_are_summed_in_float32():
+    """Summed in bfloat16, 256 pieces of one stop growing."""
+    x, p = torch.zeros(512, 1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
+    y = stream(lambda piece, _, a: piece + a, x, p, dim=0, size=1)
+    assert torch.autograd.grad(y, p, torch.ones_like(y))[0].item() == 512
