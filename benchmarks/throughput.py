@@ -245,8 +245,7 @@ class Race:
             module.load_state_dict(state)
         if self.low_precision and isinstance(module, sf.FastSTGCMA):
             module.cast_frozen(self.dtype)
-        self.level = self.meter.used()
-        contender = Contender(name, module, call, self.level - before)
+        contender = Contender(name, module, call, self.meter.used() - before)
         # As published: Adam with L2, the same for all.
         parameters = [p for _, p in contender.named_trainable()]
         contender.optimizer = torch.optim.Adam(parameters, lr=5e-5, betas=(0.95, 0.999), weight_decay=5e-7)
@@ -260,7 +259,6 @@ class Race:
 
     def gradients(self, contender: Contender, autocast: bool = True) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Logits and every trainable gradient in eval mode: without stochastic depth and dropout."""
-        contender.module.eval()
         with self.autocast(autocast and self.low_precision):
             logits = contender.call(self.audio, self.video)
             loss = F.cross_entropy(logits, self.target)
@@ -284,43 +282,61 @@ class Race:
         contender.scaler.update()
         contender.optimizer.zero_grad()
 
-    def step(self, contender: Contender, phase: str, seed: int) -> tuple[float, Any]:
-        """One step of a phase: seconds and result. Notes the peak of memory."""
-        contender.module.train(phase == "train")
-        torch.manual_seed(seed)
+    def prime(self, contender: Contender) -> None:
+        """Let the optimizer take its memory by a step of rate zero, which leaves the weights as they are."""
+        before = self.meter.used()
+        (group,) = contender.optimizer.param_groups
+        rate, group["lr"] = group["lr"], 0.0
+        for _, parameter in contender.named_trainable():
+            parameter.grad = torch.zeros_like(parameter)
+        contender.optimizer.step()
+        contender.optimizer.zero_grad()
+        group["lr"] = rate
+        contender.held += self.meter.used() - before
+
+    def measured(self, contender: Contender, phase: str) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Logits and, in a train phase, gradients in eval mode; notes the peak of memory."""
+        if phase == "train":
+            self.prime(contender)
+        contender.module.eval()
+        run = self.gradients if phase == "train" else lambda c: (self.infer(c), {})
+        if contender.name == "compiled":
+            seconds, _ = timed(lambda: run(contender), self.device)  # compiles, which takes memory of its own
+            contender.first_calls += seconds
+        level = self.meter.used()
         if self.meter.known:
             self.meter.reset()
-        seconds, result = timed(lambda: getattr(self, phase)(contender), self.device)
+        result = run(contender)
         if self.meter.known:
-            peak = contender.held + self.meter.peak() - self.level
-            contender.peak[phase] = max(peak, contender.peak.get(phase, 0))
-        before, self.level = self.level, self.meter.used()
-        contender.held += self.level - before
-        return seconds, result
+            contender.peak[phase] = contender.held + self.meter.peak() - level
+        return result
+
+    def step(self, contender: Contender, phase: str, seed: int) -> float:
+        """One step of a phase, in seconds."""
+        contender.module.train(phase == "train")
+        torch.manual_seed(seed)
+        return timed(lambda: getattr(self, phase)(contender), self.device)[0]
 
     def check(self, contenders: list[Contender], phase: str, progress: Progress) -> None:
-        """Compare each implementation with the first, the reference, as yet at equal weights. On the CPU also the warm-up.
+        """Compare each implementation with the first, the reference, as yet at equal weights, and measure their memory.
+
+        On the CPU it is the warm-up, too.
 
         Raises:
             DisagreementError: an implementation is further off than the yardstick allows.
         """
         task = progress.add_task(f"{phase}: check", total=len(contenders))
 
-        def outputs(contender: Contender) -> tuple[Tensor, dict[str, Tensor | None]]:
-            return (self.step(contender, phase, 0)[1], {}) if phase == "infer" else self.gradients(contender)
-
         reference = contenders[0]
-        hi, hi_gradients = outputs(reference)
+        hi, hi_gradients = self.measured(reference, phase)
         low, low_gradients = None, {}
         if self.low_precision:
             low, low_gradients = hi, hi_gradients
-            reference.module.eval()
             hi, hi_gradients = (self.infer(reference, False), {}) if phase == "infer" else self.gradients(reference, False)
             reference.max_abs_err = max(reference.max_abs_err, (low.float() - hi).abs().max().item())
         progress.advance(task)
         for contender in contenders[1:]:
-            seconds, (logits, gradients) = timed(lambda c=contender: outputs(c), self.device)
-            contender.first_calls += seconds
+            logits, gradients = self.measured(contender, phase)
             verify(f"{contender.name}, {phase}, logits", logits, hi, low, self.dtype, False)
             for key, gradient in hi_gradients.items():
                 if gradient is not None:
@@ -337,8 +353,8 @@ class Race:
             return CUDA_ROUNDS
         left = self.start + CPU_SECONDS - time.perf_counter()
         if phase != self.phases[-1]:
-            # Check and two rounds of train steps take about nine times a round of forwards.
-            left -= 9 * first_round
+            # Check and two rounds of train steps take about eight times a round of forwards.
+            left -= 8 * first_round
         least = 1 if phase == "train" else 2
         return max(least, min(CPU_ROUNDS, 1 + math.floor(left / first_round)))
 
@@ -348,13 +364,13 @@ class Race:
         for contender in contenders:
             # On the CPU the check was the warm-up, but for code that is compiled anew for a train step.
             warmup = CUDA_WARMUP if self.device == "cuda" else int(contender.name == "compiled")
-            seconds = [self.step(contender, phase, i)[0] for i in range(warmup)]
+            seconds = [self.step(contender, phase, i) for i in range(warmup)]
             contender.first_calls += sum(seconds[:1])
         done, total = 0, 1
         while done < total:
             start = time.perf_counter()
             for contender in contenders[:: -1 if done % 2 else 1]:
-                contender.times.setdefault(phase, []).append(self.step(contender, phase, done)[0])
+                contender.times.setdefault(phase, []).append(self.step(contender, phase, done))
                 progress.advance(task)
             done += 1
             if done == 1:
@@ -382,8 +398,6 @@ class Race:
             raced = [c for c in contenders if c.name in self.impls]
             for phase in self.phases:
                 self.check(contenders, phase, progress)
-                # What the check itself leaves behind belongs to nobody.
-                self.level = self.meter.used()
                 self.race(raced, phase, progress)
         contenders = raced
         for contender in contenders:
