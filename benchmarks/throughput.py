@@ -46,7 +46,7 @@ IMPLEMENTATIONS: dict[str, Callable[[ModelConfig], tuple[nn.Module, Callable]]] 
 PHASES = ("infer", "train")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # On the CPU the whole command must end within four minutes: rounds are run while they fit into this.
-CPU_SECONDS = 228
+CPU_SECONDS = 230
 CPU_ROUNDS = 5
 CUDA_WARMUP, CUDA_ROUNDS = 10, 50
 
@@ -345,37 +345,37 @@ class Race:
             contender.max_abs_err = max(contender.max_abs_err, (logits.float() - hi).abs().max().item())
             progress.advance(task)
 
-    def rounds(self, phase: str, first_round: float) -> int:
-        """How many timed rounds a phase gets, the first one included."""
+    def rounds(self, phase: str, one_round: float) -> int:
+        """How many rounds of a phase to time, given the seconds one takes."""
         if self.steps != "auto":
             return self.steps
         if self.device == "cuda":
             return CUDA_ROUNDS
-        left = self.start + CPU_SECONDS - time.perf_counter()
         if phase != self.phases[-1]:
-            # Check and two rounds of train steps take about eight times a round of forwards.
-            left -= 8 * first_round
-        least = 1 if phase == "train" else 2
-        return max(least, min(CPU_ROUNDS, 1 + math.floor(left / first_round)))
+            return 2  # train steps take about eight times as long, and need what time is left
+        left = self.start + CPU_SECONDS - time.perf_counter()
+        return min(CPU_ROUNDS, math.floor(left / one_round))
 
     def race(self, contenders: list[Contender], phase: str, progress: Progress) -> None:
         """Warm up, then time a phase: the implementations take turns, in alternating order."""
         task = progress.add_task(f"{phase}: time", total=None)
-        for contender in contenders:
-            # On the CPU the check was the warm-up, but for code that is compiled anew for a train step.
-            warmup = CUDA_WARMUP if self.device == "cuda" else int(contender.name == "compiled")
-            seconds = [self.step(contender, phase, i) for i in range(warmup)]
-            contender.first_calls += sum(seconds[:1])
-        done, total = 0, 1
-        while done < total:
-            start = time.perf_counter()
-            for contender in contenders[:: -1 if done % 2 else 1]:
-                contender.times.setdefault(phase, []).append(self.step(contender, phase, done))
+
+        def one_round(number: int) -> dict[str, float]:
+            seconds = {}
+            for contender in contenders[:: -1 if number % 2 else 1]:
+                seconds[contender.name] = self.step(contender, phase, number)
                 progress.advance(task)
-            done += 1
-            if done == 1:
-                total = self.rounds(phase, time.perf_counter() - start)
-                progress.update(task, total=total * len(contenders))
+            return seconds
+
+        warmup = [one_round(i) for i in range(CUDA_WARMUP if self.device == "cuda" else 1)]
+        for contender in contenders:
+            contender.first_calls += warmup[0][contender.name]
+        total = self.rounds(phase, sum(warmup[-1].values()))
+        progress.update(task, total=(len(warmup) + total) * len(contenders))
+        # Without time for another round, what was meant to be the warm-up has to do.
+        rounds = [one_round(i) for i in range(total)] or warmup[-1:]
+        for contender in contenders:
+            contender.times[phase] = [seconds[contender.name] for seconds in rounds]
 
     def run(self) -> list[dict[str, Any]]:
         """Check, then time.
