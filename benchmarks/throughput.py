@@ -367,10 +367,12 @@ class Race:
                 progress.advance(task)
             return seconds
 
-        warmup = [one_round(i) for i in range(CUDA_WARMUP if self.device == "cuda" else 1)]
-        for contender in contenders:
+        # Forwards on the CPU were warmed up by the check; time is short if train steps are to follow.
+        short = self.device == "cpu" and phase != self.phases[-1]
+        warmup = [one_round(i) for i in range(CUDA_WARMUP if self.device == "cuda" else 0 if short else 1)]
+        for contender in contenders if warmup else ():
             contender.first_calls += warmup[0][contender.name]
-        total = self.rounds(phase, sum(warmup[-1].values()))
+        total = self.rounds(phase, sum(warmup[-1].values()) if warmup else 0)
         progress.update(task, total=(len(warmup) + total) * len(contenders))
         # Without time for another round, what was meant to be the warm-up has to do.
         rounds = [one_round(i) for i in range(total)] or warmup[-1:]
