@@ -18,9 +18,8 @@ def table(results: Path = ROOT / "benchmarks" / "results") -> str:
     ]
     for path in sorted(results.glob("*.json")):
         for row in json.loads(path.read_text()):
-            machine = row["versions"].get("gpu") or row["versions"]["cpu"]
             cells = [
-                f"{machine}, commit {row['commit']}",
+                f"{row['versions']['device']}, commit {row['commit']}",
                 row["dtype"],
                 f"{row['arch']} {row['adapters']}, batch {row['batch_size']}",
                 row["phase"],
@@ -28,7 +27,7 @@ def table(results: Path = ROOT / "benchmarks" / "results") -> str:
                 f"{row['p50_ms']:.0f}" if row["p50_ms"] > 100 else f"{row['p50_ms']:.2f}",
                 f"{row['clips_per_s']:.3g}",
                 "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
-                f"{row['speedup']:.2f}x",
+                "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
                 f"{row['peak_share']:.0%}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
