@@ -71,7 +71,7 @@ def operators() -> list[tuple[str, str, str]]:
         rows.append((op, serving, "\n".join(why)))
     probe = torch.zeros(1, 1)
     onednn = linear.served_by_onednn(probe, probe)
-    why = "MKL: slower on processors that are not Intel's" if onednn else "oneDNN: this build of PyTorch lacks it"
+    why = "MKL: slower where it was measured, on an AMD processor" if onednn else "oneDNN: this build of PyTorch lacks it"
     return [*rows, ("frozen linear layers,\nfloat32 on the CPU", "oneDNN" if onednn else "MKL", why)]
 
 
