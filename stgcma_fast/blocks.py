@@ -102,7 +102,7 @@ def _temporal(block: Block, layers: FrozenLayers, streams: Streams, runner: Runn
     biases = {m: layers.temporal_bias(m) for m in adapted}
     params: dict[str, AdapterParams | None] = dict.fromkeys(adapted)
     if block.config.use_temporal:
-        params = {m: block._params("T_Adapter", m) for m in adapted}
+        params = {m: block.adapter_params("T_Adapter", m) for m in adapted}
         if runner.fold_temporal:
             params = {m: _fold(p, layers.proj) for m, p in params.items()}
 
@@ -176,14 +176,14 @@ def adapt(
     if len(adapted) < 2:
         sums = {m: x + medial[m] for m, x in streams.items()}
         return {
-            m: ops.adapter(medial[m], block._params(step, m), total, impl=runner.impl) if m in adapted else total
+            m: ops.adapter(medial[m], block.adapter_params(step, m), total, impl=runner.impl) if m in adapted else total
             for m, total in sums.items()
         }
     visual, audio = ops.av_adapter(
         medial["visual"],
         medial["audio"],
-        block._params(step, "visual"),
-        block._params(step, "audio"),
+        block.adapter_params(step, "visual"),
+        block.adapter_params(step, "audio"),
         block.gate_v,
         block.gate_a,
         residual_visual=streams["visual"],
@@ -224,6 +224,6 @@ def _forward(block: Block, layers: FrozenLayers, streams: Streams, runner: Runne
 def _parallel_adapter(block: Block, layers: FrozenLayers, modality: str, x: Tensor, runner: Runner) -> Tensor:
     """The one-stream Swin's adapter beside the FFN, for ``[F, S, D]``."""
     normed = ops.layer_norm(x, *layers.norm2, impl=runner.impl)
-    y = 0.5 * ops.adapter(normed, block._params(block.GLOBAL, modality), impl=runner.impl)
+    y = 0.5 * ops.adapter(normed, block.adapter_params(block.GLOBAL, modality), impl=runner.impl)
     mask = _drop_mask(block, x, (len(x), 1, 1))
     return y if mask is None else y * mask

@@ -10,7 +10,8 @@ from torch import Tensor
 from .linear import input_gradient, linear
 
 # Bytes of the widest intermediate of one piece. A few MB share the last-level cache with the weights; larger buffers are also
-# given back to the system after each use, and every page of the next one faults again (measured: half of a step's time).
+# given back to the system after each use, and every page of the next one faults again (measured on window attention of Swin-L's
+# first stage: 20 frames take 191 ms at once, 46 ms one by one).
 PIECE_BYTES = 16 * 2**20
 
 

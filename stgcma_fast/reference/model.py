@@ -89,14 +89,14 @@ class Block(nn.Module):
     def _name(step: str, modality: str) -> str:
         return step + ("_Audio" if modality == "audio" else "")
 
-    def _params(self, step: str, modality: str) -> AdapterParams:
+    def adapter_params(self, step: str, modality: str) -> AdapterParams:
         return getattr(self, self._name(step, modality)).params
 
     def temporal(self, x: Tensor, modality: str) -> Tensor:
         """``X_t <- X_t + DropPath(TAdapter(MHSA_T(LN(X_t))))``, equations 6 and 7, on ``[B, T, N, C]``."""
         attended = self.temporal_mhsa(x, modality)
         if self.config.use_temporal:
-            attended = adapter(attended, self._params("T_Adapter", modality))
+            attended = adapter(attended, self.adapter_params("T_Adapter", modality))
         return x + self.drop_temporal(attended)
 
     def adapt(
@@ -106,15 +106,15 @@ class Block(nn.Module):
         adapted = self.config.adapt if used else ()
         if len(adapted) < 2:
             return {
-                m: adapter(medial[m], self._params(step, m), x + medial[m]) if m in adapted else x + medial[m]
+                m: adapter(medial[m], self.adapter_params(step, m), x + medial[m]) if m in adapted else x + medial[m]
                 for m, x in streams.items()
             }
         frames = {m: x.flatten(0, 1) for m, x in streams.items()}
         visual, audio = av_adapter(
             medial["visual"].flatten(0, 1),
             medial["audio"].flatten(0, 1),
-            self._params(step, "visual"),
-            self._params(step, "audio"),
+            self.adapter_params(step, "visual"),
+            self.adapter_params(step, "audio"),
             self.gate_v,
             self.gate_a,
             residual_visual=frames["visual"],
@@ -340,7 +340,7 @@ class SwinBlock(Block):
             return super().global_step(streams)
         ((modality, x),) = streams.items()
         y = self.norm2(x)
-        parallel = 0.5 * adapter(y, self._params(self.GLOBAL, modality))
+        parallel = 0.5 * adapter(y, self.adapter_params(self.GLOBAL, modality))
         return {modality: x + self.mlp(y) + drop_path(parallel, self.drop_rate, self.training, (*x.shape[:2], 1, 1))}
 
 
