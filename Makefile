@@ -25,7 +25,7 @@ lint: venv
 	$(BIN)/ruff format --check .
 
 test-gpu: venv
-	$(BIN)/python -m pytest -m gpu
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
 
 bench-gpu: venv
 	$(BIN)/python benchmarks/throughput.py --arch swin_l --device cuda --json benchmarks/results/throughput_swin_l.json

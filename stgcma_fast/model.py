@@ -14,7 +14,7 @@ from .backbones import clip, swin
 from .blocks import Runner
 from .checkpoint import checked_state, load_checkpoint
 from .config import ModelConfig, preset
-from .ops.dispatch import Impl, select
+from .ops.dispatch import Impl, check_impl
 from .reference.model import ReferenceSTGCMA, is_trainable
 
 
@@ -61,7 +61,7 @@ class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fas
             raise ValueError(f"config: got {config!r}, expected a ModelConfig, its dictionary, or the name of a preset")
         if impl == "reference" and checkpointing:
             raise ValueError("checkpointing: got True with impl='reference', which keeps every activation")
-        select("av_adapter", impl)
+        check_impl(impl)
         super().__init__(config)
         self.runner = Runner(impl, fold_temporal, checkpointing)
         self._hub_mixin_config = {"config": config.to_dict()}

@@ -32,7 +32,7 @@ def adapter(x: Tensor, params: AdapterParams, residual: Tensor | None = None, *,
     if residual is not None:
         check_shape("residual", residual, *x.shape)
     check_one_dtype("adapter", x=x, **params._asdict())
-    return select("adapter", impl)(x, params, residual)
+    return select("adapter", impl, x, params, residual)(x, params, residual)
 
 
 def down(x: Tensor, params: AdapterParams) -> Tensor:

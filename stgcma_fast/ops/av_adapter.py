@@ -67,18 +67,9 @@ def av_adapter(
     )
     if window is not None:
         check_window_grid(window, visual.shape[1], audio.shape[1])
-    return select("av_adapter", impl)(
-        visual,
-        audio,
-        visual_params,
-        audio_params,
-        gate_visual,
-        gate_audio,
-        residual_visual=residual_visual,
-        residual_audio=residual_audio,
-        window=window,
-        fusion=fusion,
-    )
+    tensors = visual, audio, visual_params, audio_params, gate_visual, gate_audio
+    options = {"residual_visual": residual_visual, "residual_audio": residual_audio, "window": window, "fusion": fusion}
+    return select("av_adapter", impl, *tensors, **options)(*tensors, **options)
 
 
 def check_window_grid(window: WindowGrid, *tokens: int) -> None:

@@ -46,7 +46,8 @@ def cross_modal_attention(
     check_shape("gate_visual", gate_visual, 1)
     check_shape("gate_audio", gate_audio, 1)
     check_one_dtype("cross_modal_attention", visual=visual, audio=audio, gate_visual=gate_visual, gate_audio=gate_audio)
-    return select("cross_modal_attention", impl)(visual, audio, gate_visual, gate_audio, fusion=fusion)
+    tensors = visual, audio, gate_visual, gate_audio
+    return select("cross_modal_attention", impl, *tensors, fusion=fusion)(*tensors, fusion=fusion)
 
 
 # Bytes of a tile of scores in the tiled form: with its gradients it should stay in the last-level cache.

@@ -3,41 +3,105 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from typing import Literal, get_args
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
 
 Impl = Literal["auto", "triton", "torch", "reference"]
 
-# Operator -> implementation -> function. Filled by the operators' modules when they are imported.
-REGISTRY: dict[str, dict[str, Callable]] = {}
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton reads this variable when it is imported; afterwards kernels run on the CPU, in numpy, for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_GPU = (8, 0)
+
+_log = logging.getLogger("stgcma_fast")
+_logged: set[tuple[str, str]] = set()
 
 
-def register(op: str, **implementations: Callable) -> None:
+def _no_limits(*args: Any, **kwargs: Any) -> Iterable[str]:
+    return ()
+
+
+class Implementation(NamedTuple):
+    """A function that can serve an operator, and what it cannot do."""
+
+    function: Callable
+    # Takes the operator's arguments and yields every reason not to serve them.
+    limits: Callable[..., Iterable[str]] = _no_limits
+
+
+# Operator -> implementation -> what serves it. Filled by the operators' modules when they are imported.
+REGISTRY: dict[str, dict[str, Implementation]] = {}
+
+
+def register(op: str, **implementations: Callable | Implementation) -> None:
     """Name the functions that can serve ``op``."""
-    REGISTRY[op] = implementations
+    REGISTRY[op] = {name: i if isinstance(i, Implementation) else Implementation(i) for name, i in implementations.items()}
 
 
-def refusals(op: str, impl: str) -> list[str]:
-    """Every reason why ``impl`` cannot serve ``op`` on this machine; empty if it can."""
-    if impl in REGISTRY[op]:
-        return []
-    reasons = [f"this version has no {impl} implementation of {op}"]
-    if impl == "triton" and importlib.util.find_spec("triton") is None:
-        reasons.append("triton is not installed")
+def refusals(op: str, impl: str, *args: Any, **kwargs: Any) -> list[str]:
+    """Every reason why ``impl`` cannot serve ``op``; with the operator's arguments, those that lie in them too."""
+    reasons = ["triton is not installed"] if impl == "triton" and not HAS_TRITON else []
+    if impl not in REGISTRY[op]:
+        return [*reasons, f"this version has no {impl} implementation of {op}"]
+    if args:
+        if impl == "triton":
+            reasons.extend(_triton_refusals(args[0]))
+        reasons.extend(REGISTRY[op][impl].limits(*args, **kwargs))
     return reasons
 
 
-def select(op: str, impl: Impl) -> Callable:
-    """The function that serves ``op``. "auto" takes "torch"; any other choice runs as asked or not at all.
+def _triton_refusals(x: Tensor) -> Iterator[str]:
+    if x.dtype not in TRITON_DTYPES:
+        yield f"its kernels take float32, bfloat16 and float16, got {x.dtype}"
+    if x.is_cuda:
+        gpu = torch.cuda.get_device_properties(x.device)
+        if (gpu.major, gpu.minor) < OLDEST_GPU:
+            yield f"its kernels need compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]}, got {gpu.major}.{gpu.minor}"
+    elif not INTERPRETED:
+        yield f"its kernels need a CUDA device, got {x.device.type} (for tests: TRITON_INTERPRET=1 in the environment)"
+
+
+def check_impl(impl: str) -> None:
+    """Raise ValueError for an unknown name, NotImplementedError for one that no operator can have on this machine."""
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl: got {impl!r}, allowed are {', '.join(map(repr, get_args(Impl)))}")
+    if impl == "triton" and not HAS_TRITON:
+        raise NotImplementedError("impl='triton' was asked for, but triton is not installed")
+
+
+def select(op: str, impl: Impl, *args: Any, **kwargs: Any) -> Callable:
+    """The function that serves a call of ``op``; its first argument is a tensor on the device that does the work.
+
+    "auto" takes "triton" on CUDA wherever it can serve, else "torch"; any other choice runs as asked or not at all.
 
     Raises:
         ValueError: an unknown name.
-        NotImplementedError: the implementation asked for cannot serve the operator; the text gives every reason.
+        NotImplementedError: the implementation asked for cannot serve this call; the text gives every reason.
     """
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl: got {impl!r}, allowed are {', '.join(map(repr, get_args(Impl)))}")
-    chosen = "torch" if impl == "auto" else impl
-    reasons = refusals(op, chosen)
-    if reasons:
-        raise NotImplementedError(f"impl={impl!r} was asked for, but {'; '.join(reasons)}")
-    return REGISTRY[op][chosen]
+    check_impl(impl)
+    chosen = impl
+    if impl == "auto":
+        chosen = "torch"
+        if args[0].is_cuda:
+            reasons = refusals(op, "triton", *args, **kwargs)
+            if not reasons:
+                chosen = "triton"
+            elif not torch.compiler.is_compiling():
+                _log_once(op, "; ".join(reasons))
+    else:
+        reasons = refusals(op, impl, *args, **kwargs)
+        if reasons:
+            raise NotImplementedError(f"{op}: impl={impl!r} was asked for, but {'; '.join(reasons)}")
+    return REGISTRY[op][chosen].function
+
+
+def _log_once(op: str, reasons: str) -> None:
+    if (op, reasons) not in _logged:
+        _logged.add((op, reasons))
+        _log.info("%s is served by PyTorch: %s", op, reasons)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
+import torch
 from torch import Tensor
 
 from .. import reference
+from .boundary import define
 from .checks import check_shape
-from .dispatch import Impl, register, select
+from .dispatch import Impl, Implementation, register, select
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, impl: Impl = "auto") -> Tensor:
@@ -27,8 +31,73 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, im
     """
     check_shape("weight", weight, x.shape[-1])
     check_shape("bias", bias, x.shape[-1])
-    return select("layer_norm", impl)(x, weight, bias, eps)
+    return select("layer_norm", impl, x, weight, bias, eps)(x, weight, bias, eps)
 
 
-# PyTorch's own kernel keeps its statistics in float32 and skips the gradients of frozen parameters.
-register("layer_norm", torch=reference.layer_norm, reference=reference.layer_norm)
+def packed_layer_norm(xs: Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float = 1e-5, *, impl: Impl = "auto") -> Tensor:
+    """`layer_norm` of one or two streams ``[..., D]``, for a linear layer: rows ``[rows, D]``, one stream behind the other.
+
+    Under autocast the rows are in the autocast dtype, to which the linear layer would round them.
+    """
+    serving = select("layer_norm", impl, xs[0], weight, bias, eps)
+    if serving is _triton:
+        return _LayerNorm.apply(weight, bias, eps, _product_dtype(xs[0]), *(x.flatten(0, -2) for x in xs))
+    rows = [serving(x, weight, bias, eps).flatten(0, -2) for x in xs]
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _fwd_fake(xs, weight, bias, eps, dtype):
+    rows = sum(x.shape[0] for x in xs)
+    y = xs[0].new_empty(rows, xs[0].shape[1], dtype=dtype)
+    return y, *(y.new_empty(rows, dtype=torch.float32) for _ in range(2))
+
+
+_fwd = define(
+    "layer_norm",
+    "layer_norm_fwd(Tensor[] xs, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    _fwd_fake,
+)
+_bwd = define(
+    "layer_norm",
+    "layer_norm_bwd(Tensor grad, Tensor[] xs, Tensor weight, Tensor mean, Tensor rstd) -> Tensor[]",
+    lambda grad, xs, weight, mean, rstd: [x.new_empty(x.shape) for x in xs],
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, *xs: Tensor) -> Tensor:
+        y, mean, rstd = _fwd(xs, weight, bias, eps, dtype)
+        ctx.save_for_backward(weight, mean, rstd, *xs)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, mean, rstd, *xs = ctx.saved_tensors
+        return None, None, None, None, *_bwd(grad, xs, weight, mean, rstd)
+
+
+def _limits(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Iterator[str]:
+    if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
+        yield "its kernel gives weight and bias no gradients, and they are trained"
+
+
+def _triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    # Eager autocast normalizes in float32 and returns float32.
+    dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+    return _LayerNorm.apply(weight, bias, eps, dtype, x.flatten(0, -2)).view(x.shape)
+
+
+register(
+    "layer_norm",
+    triton=Implementation(_triton, _limits),
+    # PyTorch's own kernel keeps its statistics in float32 and skips the gradients of frozen parameters.
+    torch=reference.layer_norm,
+    reference=reference.layer_norm,
+)

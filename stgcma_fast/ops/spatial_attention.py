@@ -25,7 +25,7 @@ def spatial_attention(qkv: Tensor, *, scale: float, impl: Impl = "auto") -> Tens
         NotImplementedError: ``impl`` cannot serve; the text gives every reason.
     """
     check_shape("qkv", qkv, "F", "S", 3, "h", "d")
-    return select("spatial_attention", impl)(qkv, scale=scale)
+    return select("spatial_attention", impl, qkv, scale=scale)(qkv, scale=scale)
 
 
 # The reference is already PyTorch's fused attention on strided views of the packed tensor.

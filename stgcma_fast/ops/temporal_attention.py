@@ -29,7 +29,7 @@ def temporal_attention(qkv: Tensor, bias: Tensor | None, *, scale: float, impl: 
     if bias is not None:
         check_shape("bias", bias, qkv.shape[4], qkv.shape[1], qkv.shape[1])
     check_one_dtype("temporal_attention", qkv=qkv, bias=bias)
-    return select("temporal_attention", impl)(qkv, bias, scale=scale)
+    return select("temporal_attention", impl, qkv, bias, scale=scale)(qkv, bias, scale=scale)
 
 
 # Scores are T x T, ten by ten: there is nothing to save by a fused attention, whose gradient to the bias PyTorch lacks.

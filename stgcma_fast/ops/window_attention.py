@@ -47,7 +47,8 @@ def window_attention(
     if mask is not None:
         check_shape("mask", mask, (height // window) * (width // window), window**2, window**2)
     check_one_dtype("window_attention", qkv=qkv, bias=bias)
-    return select("window_attention", impl)(qkv, bias, window=window, shift=shift, scale=scale, mask=mask)
+    options = {"window": window, "shift": shift, "scale": scale, "mask": mask}
+    return select("window_attention", impl, qkv, bias, **options)(qkv, bias, **options)
 
 
 def _torch(qkv: Tensor, bias: Tensor, *, window: int, shift: int, scale: float, mask: Tensor | None = None) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.support.inputs import Device
+
 _THREADS = torch.get_num_threads()
 
 
@@ -22,3 +24,12 @@ def _one_thread() -> Iterator[None]:
 def all_threads(_one_thread: None) -> None:
     """As many threads as users have, where they might change the result."""
     torch.set_num_threads(_THREADS)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernels(request: pytest.FixtureRequest, poisoned_memory: None) -> Iterator[str]:
+    """Triton kernels: in the interpreter, and by `make test-gpu` on a GPU. What they leave unwritten is NaN."""
+    Device.name = request.param
+    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    yield request.param
+    Device.name, torch.backends.cuda.matmul.allow_tf32 = "cpu", allowed

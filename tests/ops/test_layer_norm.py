@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from stgcma_fast import ops, reference
-from tests.support.inputs import draw, each_dtype, each_low_dtype, each_stride
-from tests.support.numerics import check, check_compiled, check_equal_in_float64
+from stgcma_fast.ops.layer_norm import packed_layer_norm
+from tests.support.inputs import Device, draw, each_dtype, each_low_dtype, each_stride
+from tests.support.numerics import check, check_compiled, check_equal_in_float64, evaluate
 
 SIZES = {
     "stage1": ((2, 49), 192),
@@ -117,3 +118,96 @@ def test_compiled():
 def test_errors(name):
     with pytest.raises(ValueError, match=rf"{name}: expected shape \[48\], got \[47\]"):
         ops.layer_norm(**problem((3, 20), 48) | {name: draw(0, 47)})
+
+
+KERNEL_SIZES = SIZES | {"swin-l": ((3, 5), 1536), "many-rows": ((70,), 96)}
+FREEZE = ("weight", "bias")
+
+
+def kernel(x, weight, bias, **options):
+    return ops.layer_norm(x, weight, bias, impl="triton", **options)
+
+
+@each_dtype
+@pytest.mark.parametrize("size", KERNEL_SIZES.values(), ids=KERNEL_SIZES.keys())
+def test_kernel_sizes(kernels, size, dtype):
+    hold(problem(*size, dtype=dtype), fast=kernel, frozen=FREEZE)
+
+
+@each_stride
+def test_kernel_strides(kernels, strides):
+    hold(problem((3, 20), 48, strides=strides), fast=kernel, upstream=strides, frozen=FREEZE)
+
+
+@pytest.mark.parametrize("value", [0.0, -3.0], ids=["zeros", "constant"])
+def test_kernel_constant_rows(kernels, value):
+    tensors = problem((2, 5), 64)
+    tensors["x"][:, ::2] = value
+    got = hold(tensors, fast=kernel, frozen=FREEZE)
+    assert torch.equal(got["out0"][:, ::2], tensors["bias"].expand(2, 3, -1))
+
+
+def test_kernel_rows_of_large_mean(kernels):
+    hold(problem((3, 20), 96, shift=100.0), fast=kernel, frozen=FREEZE)
+
+
+def test_kernel_compiled(kernels):
+    check_compiled(
+        kernel,
+        lambda tensors, **options: hold(tensors, frozen=FREEZE, **options),
+        lambda batch: problem((batch, 20), 48),
+        batched=["x"],
+    )
+
+
+@each_low_dtype
+def test_kernel_autocast(kernels, dtype):
+    hold(problem((3, 20), 48), fast=kernel, law=reference.layer_norm, autocast=dtype, frozen=FREEZE)
+
+
+def test_kernel_refuses_trained_parameters(kernels):
+    tensors = problem((3, 20), 48)
+    with pytest.raises(NotImplementedError, match="layer_norm: impl='triton' was asked for, but its kernel gives weight and"):
+        kernel(**tensors | {"weight": tensors["weight"].requires_grad_()})
+    with torch.no_grad():
+        kernel(**tensors)
+
+
+def packed(x, weight, bias, other, impl="triton"):
+    return packed_layer_norm([x, other], weight, bias, impl=impl)
+
+
+@each_dtype
+def test_kernel_packs_two_streams(kernels, dtype):
+    """Streams of different sizes and strides, one behind the other, in one launch."""
+    tensors = problem((2, 9), 48, dtype=dtype) | {"other": draw(3, 2, 5, 48, dtype=dtype, strides="slice")}
+    rows = [9 * 2, 5 * 2]
+    got = hold(tensors, fast=packed, law=lambda **t: packed(**t, impl="reference"), frozen=FREEZE)
+    for part, name in zip(got["out0"].split(rows), ("x", "other"), strict=True):
+        alone = kernel(tensors[name], tensors["weight"], tensors["bias"])
+        assert torch.equal(part, alone.flatten(0, 1))
+
+
+@each_low_dtype
+def test_packed_rows_under_autocast_are_ready_for_the_product(kernels, dtype):
+    tensors = problem((2, 9), 48) | {"other": draw(3, 2, 5, 48)}
+    with torch.autocast(Device.name, dtype):
+        got, wanted = packed(**tensors), packed(**tensors, impl="torch")
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, wanted.to(dtype))
+
+
+def test_kernel_as_pytorch_sees_it(kernels):
+    """Schema, fake and dispatch keys of the registered operators."""
+    x, weight, bias = (problem((5,), 48)[name] for name in ("x", "weight", "bias"))
+    arguments = ([x, x[:3]], weight, bias, 1e-5, torch.float32)
+    torch.library.opcheck(torch.ops.stgcma_fast.layer_norm_fwd.default, arguments)
+    y, mean, rstd = torch.ops.stgcma_fast.layer_norm_fwd(*arguments)
+    torch.library.opcheck(torch.ops.stgcma_fast.layer_norm_bwd.default, (y, [x, x[:3]], weight, mean, rstd))
+
+
+def test_kernel_repeats_bit_equal(kernels):
+    tensors = problem((3, 20), 192)
+    first = evaluate(kernel, tensors, frozen=FREEZE)
+    for _ in range(3):
+        assert all(torch.equal(x, first[name]) for name, x in evaluate(kernel, tensors, frozen=FREEZE).items())

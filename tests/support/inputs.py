@@ -13,6 +13,12 @@ STRIDES = ("packed", "transposed", "slice", "expanded", "offset")
 NAN = float("nan")
 
 
+class Device:
+    """Where `draw` puts its tensors; the fixture `kernels` changes it."""
+
+    name = "cpu"
+
+
 def dtype_id(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -44,10 +50,10 @@ def strided(x: Tensor, strides: str) -> Tensor:
 def draw(
     seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, shift: float = 0.0, strides: str = "packed"
 ) -> Tensor:
-    """Normal numbers, drawn in float64 and rounded to ``dtype``: the same numbers, but for rounding, in every dtype."""
+    """Normal numbers, drawn in float64 on the CPU and rounded to ``dtype``: but for rounding the same in every dtype."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(math.prod(shape), dtype=torch.float64, generator=generator).view(shape)
-    return strided((x * scale + shift).to(dtype), strides)
+    return strided((x * scale + shift).to(Device.name, dtype), strides)
 
 
 def adapter_weights(

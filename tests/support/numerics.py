@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from .inputs import draw, strided
+from .inputs import Device, draw, strided
 
 Function = Callable[..., Any]
 EPS32 = torch.finfo(torch.float32).eps
@@ -117,7 +117,7 @@ def evaluate(
         return results
     rounded = dtypes or [out.dtype for out in outs]
     grads = [
-        strided(draw(1000 + i, *out.shape, dtype=dtype).to(out.dtype), upstream)
+        strided(draw(1000 + i, *out.shape, dtype=dtype).to(out), upstream)
         for i, (out, dtype) in enumerate(zip(outs, rounded, strict=True))
     ]
     # An output that hangs on no wanted input has no gradient to give.
@@ -158,7 +158,7 @@ def check(
     Returns:
         What ``fast`` gave, stacked where there are several problems.
     """
-    context = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
+    context = nullcontext() if autocast is None else torch.autocast(Device.name, autocast)
     options = {"frozen": frozen, "upstream": upstream}
     single = isinstance(problems, Mapping)
     runs = []
