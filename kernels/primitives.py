@@ -8,9 +8,10 @@ import triton.language as tl
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a @ b`` with sums in float32. "upcast" is for the interpreter: the product of bfloat16 is exact in float32."""
     if PRECISION == "upcast":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
