@@ -107,6 +107,11 @@ def precision(dtype: torch.dtype) -> str:
     return "upcast" if INTERPRETED and dtype == torch.bfloat16 else "ieee"
 
 
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """A PyTorch dtype as a kernel's constant."""
+    return getattr(triton.language, str(dtype).removeprefix("torch."))
+
+
 def unit_stride(x: Tensor) -> Tensor:
     """The stride rule: channels side by side pass as they are, whatever the other strides; anything else is copied once."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -115,6 +120,13 @@ def unit_stride(x: Tensor) -> Tensor:
 def as_rows(x: Tensor) -> Tensor:
     """``[..., D]`` as ``[rows, D]`` with channels side by side: a view wherever the rows are evenly spaced."""
     return unit_stride(x).reshape(-1, x.shape[-1])
+
+
+def split_rank(rank: int) -> dict[str, int]:
+    """The rank as the kernels' constants: tiles of RA + RB channels, RB 0 where one tile holds it all with less padding."""
+    whole = max(16, triton.next_power_of_2(rank))
+    rest = max(16, triton.next_power_of_2(rank - whole // 2))
+    return {"R": rank, "RA": whole, "RB": 0} if whole // 2 + rest >= whole else {"R": rank, "RA": whole // 2, "RB": rest}
 
 
 @contextmanager

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from ..reference.adapter import AdapterParams
+from .boundary import define
 from .checks import check_adapter, check_one_dtype, check_shape
-from .dispatch import Impl, register, select
+from .dispatch import Impl, Implementation, product_dtype, register, select
 from .linear import linear
+
+LARGEST_RANK = 128
 
 
 def adapter(x: Tensor, params: AdapterParams, residual: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
@@ -28,11 +34,24 @@ def adapter(x: Tensor, params: AdapterParams, residual: Tensor | None = None, *,
         ValueError: shapes or dtypes that do not fit.
         NotImplementedError: ``impl`` cannot serve; the text gives every reason.
     """
-    check_adapter("params", params, x.shape[-1])
-    if residual is not None:
-        check_shape("residual", residual, *x.shape)
-    check_one_dtype("adapter", x=x, **params._asdict())
-    return select("adapter", impl, x, params, residual)(x, params, residual)
+    return adapters([x], [params], [residual], impl=impl)[0]
+
+
+def adapters(
+    xs: Sequence[Tensor], params: Sequence[AdapterParams], residuals: Sequence[Tensor | None], *, impl: Impl = "auto"
+) -> list[Tensor]:
+    """`adapter` of one or two streams, each with weights of its own; Triton serves both in one launch."""
+    for x, p, residual in zip(xs, params, residuals, strict=True):
+        check_adapter("params", p, x.shape[-1])
+        if residual is not None:
+            check_shape("residual", residual, *x.shape)
+        check_one_dtype("adapter", x=x, **p._asdict())
+    calls = list(zip(xs, params, residuals, strict=True))
+    serving = [select("adapter", impl, *call) for call in calls]
+    alike = len({(x.shape[-1], p.down_bias.shape, None if r is None else r.dtype) for x, p, r in calls}) == 1
+    if alike and all(function is _triton for function in serving):
+        return _together(xs, params, residuals)
+    return [function(*call) for function, call in zip(serving, calls, strict=True)]
 
 
 def down(x: Tensor, params: AdapterParams) -> Tensor:
@@ -50,4 +69,102 @@ def _torch(x: Tensor, params: AdapterParams, residual: Tensor | None = None) -> 
     return y if residual is None else residual + y
 
 
-register("adapter", torch=_torch, reference=reference.adapter)
+def _fwd_fake(xs, residuals, down_weights, down_biases, up_weights, up_biases, dtype):
+    wide = torch.promote_types(dtype, residuals[0].dtype) if residuals else dtype
+    return [x.new_empty(x.shape, dtype=wide) for x in xs]
+
+
+_WEIGHTS = "Tensor[] down_weights, Tensor[] down_biases, Tensor[] up_weights"
+_fwd = define(
+    "adapter",
+    f"adapter_fwd(Tensor[] xs, Tensor[] residuals, {_WEIGHTS}, Tensor[] up_biases, ScalarType dtype) -> Tensor[]",
+    _fwd_fake,
+)
+
+
+def _bwd_fake(grads, xs, down_weights, down_biases, up_weights, needs_x, needs_weights, dtype):
+    dxs = [x.new_empty(x.shape) for x in xs] if needs_x else []
+    return dxs, packed_weights_fake(xs, down_weights) if needs_weights else []
+
+
+def packed_weights_fake(xs: Sequence[Tensor], down_weights: Sequence[Tensor]) -> list[Tensor]:
+    """What `unpack_weight_grads` takes, unwritten."""
+    rank, channels = down_weights[0].shape
+    return [xs[0].new_empty(rank * channels + bias, dtype=torch.float32) for bias in (channels, rank) for _ in xs]
+
+
+def unpack_weight_grads(packed: Sequence[Tensor], params: Sequence[AdapterParams]) -> list[AdapterParams]:
+    """Gradients in the weights' shapes and dtypes from the kernels' flat ones: up, then down, stream by stream."""
+    streams, out = len(params), []
+    for up_grad, down_grad, p in zip(packed[:streams], packed[streams:], params, strict=True):
+        split = p.down_weight.numel()
+        grads = (
+            down_grad[:split].view_as(p.down_weight),
+            down_grad[split:],
+            up_grad[:split].view_as(p.up_weight),
+            up_grad[split:],
+        )
+        out.append(AdapterParams(*(grad.to(weight.dtype) for grad, weight in zip(grads, p, strict=True))))
+    return out
+
+
+_bwd = define(
+    "adapter",
+    f"adapter_bwd(Tensor[] grads, Tensor[] xs, {_WEIGHTS}, bool needs_x, bool needs_weights, ScalarType dtype)"
+    " -> (Tensor[], Tensor[])",
+    _bwd_fake,
+)
+
+
+class _Adapters(torch.autograd.Function):
+    """Inputs by stream: ``xs``, ``residuals`` (None or tensors), then the four weights of each."""
+
+    @staticmethod
+    def forward(ctx, streams: int, dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        xs, residuals = tensors[:streams], tensors[streams : 2 * streams]
+        params = [AdapterParams(*tensors[i : i + 4]) for i in range(2 * streams, len(tensors), 4)]
+        added = [] if residuals[0] is None else list(residuals)
+        outs = _fwd(list(xs), added, *(list(weights) for weights in zip(*params, strict=True)), dtype)
+        ctx.streams, ctx.dtype, ctx.residual_dtypes = streams, dtype, [r.dtype for r in added]
+        ctx.save_for_backward(*xs, *(weight for p in params for weight in p))
+        return tuple(outs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        streams, saved = ctx.streams, ctx.saved_tensors
+        xs, params = saved[:streams], [AdapterParams(*saved[i : i + 4]) for i in range(streams, len(saved), 4)]
+        needs = ctx.needs_input_grad[2:]
+        needs_x, needs_weights = any(needs[:streams]), any(needs[2 * streams :])
+        dxs, packed = [], []
+        if needs_x or needs_weights:
+            weights = [list(each) for each in zip(*params, strict=True)][:3]
+            dxs, packed = _bwd(list(grads), list(xs), *weights, needs_x, needs_weights, ctx.dtype)
+        dresiduals = [grad.to(dtype) for grad, dtype in zip(grads, ctx.residual_dtypes, strict=False)]
+        weight_grads = [g for p in unpack_weight_grads(packed, params) for g in p] if needs_weights else [None] * 4 * streams
+        return None, None, *(dxs or [None] * streams), *(dresiduals or [None] * streams), *weight_grads
+
+
+def _together(xs: Sequence[Tensor], params: Sequence[AdapterParams], residuals: Sequence[Tensor | None]) -> list[Tensor]:
+    rows = [x.flatten(0, -2) for x in xs]
+    added = [None if r is None else r.flatten(0, -2) for r in residuals]
+    outs = _Adapters.apply(len(xs), product_dtype(xs[0]), *rows, *added, *(weight for p in params for weight in p))
+    return [out.view(x.shape) for out, x in zip(outs, xs, strict=True)]
+
+
+def _triton(x: Tensor, params: AdapterParams, residual: Tensor | None = None) -> Tensor:
+    return _together([x], [params], [residual])[0]
+
+
+def rank_limits(*params: AdapterParams) -> Iterator[str]:
+    """Why the kernels cannot take adapters of this width."""
+    for p in params:
+        if len(p.down_bias) > LARGEST_RANK:
+            yield f"its kernels take a bottleneck width of at most {LARGEST_RANK}, got {len(p.down_bias)}"
+
+
+def _limits(x: Tensor, params: AdapterParams, residual: Tensor | None = None) -> Iterator[str]:
+    yield from rank_limits(params)
+
+
+register("adapter", triton=Implementation(_triton, _limits), torch=_torch, reference=reference.adapter)

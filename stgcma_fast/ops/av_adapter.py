@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
 from .. import reference
 from ..reference.adapter import AdapterParams
 from ..reference.windows import WindowGrid, window_partition, window_reverse
-from .adapter import down, up
+from .adapter import down, packed_weights_fake, rank_limits, unpack_weight_grads, up
+from .boundary import define
 from .checks import check_adapter, check_choice, check_one_dtype, check_shape
 from .cross_modal import FUSIONS, cross_modal_attention
-from .dispatch import Impl, register, select
+from .dispatch import Impl, Implementation, product_dtype, register, select
 
 
 def av_adapter(
@@ -110,4 +114,108 @@ def _torch(
     return tuple(x + up(h, p) for x, h, p in zip(sums, pair, (visual_params, audio_params), strict=True))
 
 
-register("av_adapter", torch=_torch, reference=reference.av_adapter)
+def _fwd_fake(xs, residuals, down_weights, down_biases, up_weights, up_biases, gates, window, fusion, dtype):
+    rank = down_biases[0].shape[0]
+    outs, hiddens, heards, lses = [], [], [], []
+    for x, residual, listens in zip(xs, residuals, (fusion in ("both", "a2v"), fusion in ("both", "v2a")), strict=True):
+        wide = torch.promote_types(x.dtype, dtype)
+        wide = wide if residual is None else torch.promote_types(wide, residual.dtype)
+        outs.append(x.new_empty(x.shape, dtype=wide))
+        hiddens.append(x.new_empty(*x.shape[:2], rank, dtype=dtype))
+        heards.append(hiddens[-1].new_empty(hiddens[-1].shape if listens else 0))
+        lses.append(x.new_empty(x.shape[:2] if listens else 0, dtype=torch.float32))
+    return outs, hiddens, heards, lses
+
+
+_fwd = define(
+    "av_adapter",
+    "av_adapter_fwd(Tensor[] xs, Tensor?[] residuals, Tensor[] down_weights, Tensor[] down_biases, Tensor[] up_weights,"
+    " Tensor[] up_biases, Tensor[] gates, int[] window, str fusion, ScalarType dtype)"
+    " -> (Tensor[], Tensor[], Tensor[], Tensor[])",
+    _fwd_fake,
+)
+
+
+def _bwd_fake(
+    grads, xs, down_weights, down_biases, up_weights, gates, hiddens, heards, lses, window, fusion, needs_x, needs_weights
+):
+    dxs = [x.new_empty(x.shape) for x in xs] if needs_x else []
+    return dxs, packed_weights_fake(xs, down_weights) if needs_weights else [], [torch.empty_like(lse) for lse in lses]
+
+
+_bwd = define(
+    "av_adapter",
+    "av_adapter_bwd(Tensor[] grads, Tensor[] xs, Tensor[] down_weights, Tensor[] down_biases, Tensor[] up_weights,"
+    " Tensor[] gates, Tensor[] hiddens, Tensor[] heards, Tensor[] lses, int[] window, str fusion, bool needs_x,"
+    " bool needs_weights)"
+    " -> (Tensor[], Tensor[], Tensor[])",
+    _bwd_fake,
+)
+
+
+class _AVAdapter(torch.autograd.Function):
+    """Inputs in pairs, visual then audio: tokens, residuals, gates; then the four weights of each."""
+
+    @staticmethod
+    def forward(ctx, window: list[int], fusion: str, dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        xs, residuals, gates = tensors[:2], tensors[2:4], tensors[4:6]
+        params = AdapterParams(*tensors[6:10]), AdapterParams(*tensors[10:])
+        weights = [list(each) for each in zip(*params, strict=True)]
+        outs, hiddens, heards, lses = _fwd(list(xs), list(residuals), *weights, list(gates), window, fusion, dtype)
+        ctx.window, ctx.fusion = window, fusion
+        ctx.residual_dtypes = [None if r is None else r.dtype for r in residuals]
+        ctx.save_for_backward(*xs, *gates, *params[0], *params[1], *hiddens, *heards, *lses)
+        return tuple(outs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        params = AdapterParams(*saved[4:8]), AdapterParams(*saved[8:12])
+        xs, gates, hiddens, heards, lses = (list(saved[i : i + 2]) for i in (0, 2, 12, 14, 16))
+        needs_x, needs_gates, needs_weights = any(needs[:2]), any(needs[4:6]), any(needs[6:])
+        dxs, packed, deltas = [None, None], [], []
+        if needs_x or needs_gates or needs_weights:
+            weights = [list(each) for each in zip(*params, strict=True)][:3]
+            dxs, packed, deltas = _bwd(
+                list(grads), xs, *weights, gates, hiddens, heards, lses, ctx.window, ctx.fusion, needs_x, needs_weights
+            )
+        d_residuals = [None if dtype is None else g.to(dtype) for g, dtype in zip(grads, ctx.residual_dtypes, strict=True)]
+        listens = ctx.fusion in ("both", "a2v"), ctx.fusion in ("both", "v2a")
+        d_gates = [deltas[i].sum().to(gates[i].dtype).view(1) if needs[4 + i] and listens[i] else None for i in range(2)]
+        d_weights = [g for p in unpack_weight_grads(packed, params) for g in p] if needs_weights else [None] * 8
+        return None, None, None, *(dxs if needs_x else (None, None)), *d_residuals, *d_gates, *d_weights
+
+
+def _triton(
+    visual: Tensor,
+    audio: Tensor,
+    visual_params: AdapterParams,
+    audio_params: AdapterParams,
+    gate_visual: Tensor,
+    gate_audio: Tensor,
+    *,
+    residual_visual: Tensor | None,
+    residual_audio: Tensor | None,
+    window: WindowGrid | None,
+    fusion: str,
+) -> tuple[Tensor, Tensor]:
+    pairs = visual, audio, residual_visual, residual_audio, gate_visual, gate_audio
+    grid = [] if window is None else list(window)
+    return _AVAdapter.apply(grid, fusion, product_dtype(visual), *pairs, *visual_params, *audio_params)
+
+
+def _limits(
+    visual: Tensor,
+    audio: Tensor,
+    visual_params: AdapterParams,
+    audio_params: AdapterParams,
+    *gates: Tensor,
+    **options: object,
+) -> Iterator[str]:
+    yield from rank_limits(visual_params, audio_params)
+    if len(visual_params.down_bias) != len(audio_params.down_bias):
+        yield "its kernels take two adapters of one bottleneck width"
+
+
+register("av_adapter", triton=Implementation(_triton, _limits), torch=_torch, reference=reference.av_adapter)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from .adapter import LARGEST_RANK
+from .boundary import define
 from .checks import check_choice, check_one_dtype, check_shape
-from .dispatch import Impl, register, select
+from .dispatch import Impl, Implementation, product_dtype, register, select
 from .linear import input_gradient, linear, served_by_onednn
 
 FUSIONS = ("both", "a2v", "v2a", "none")
@@ -140,4 +144,101 @@ def _torch(
     )
 
 
-register("cross_modal_attention", torch=_torch, reference=reference.cross_modal_attention)
+def _listeners(visual: Tensor, audio: Tensor, fusion: str) -> list[tuple[Tensor, bool]]:
+    return [(visual, fusion in ("both", "a2v")), (audio, fusion in ("both", "v2a"))]
+
+
+def _fwd_fake(visual, audio, gate_visual, gate_audio, fusion, dtype):
+    listeners = _listeners(visual, audio, fusion)
+    outs = [x.new_empty(x.shape if listens else 0) for x, listens in listeners]
+    heards = [out.new_empty(out.shape, dtype=dtype) for out in outs]
+    return *outs, *heards, *(x.new_empty(x.shape[:-1] if listens else 0, dtype=torch.float32) for x, listens in listeners)
+
+
+def _bwd_fake(
+    grad_visual,
+    grad_audio,
+    visual,
+    audio,
+    gate_visual,
+    gate_audio,
+    heard_visual,
+    heard_audio,
+    lse_visual,
+    lse_audio,
+    fusion,
+    needs_tokens,
+):
+    grads = [x.new_empty(x.shape if needs_tokens else 0) for x in (visual, audio)]
+    listeners = _listeners(visual, audio, fusion)
+    return *grads, *(x.new_empty(x.shape[:-1] if listens else 0, dtype=torch.float32) for x, listens in listeners)
+
+
+_fwd = define(
+    "cross_modal",
+    "cross_modal_fwd(Tensor visual, Tensor audio, Tensor gate_visual, Tensor gate_audio, str fusion, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fwd_fake,
+)
+_bwd = define(
+    "cross_modal",
+    "cross_modal_bwd(Tensor grad_visual, Tensor grad_audio, Tensor visual, Tensor audio, Tensor gate_visual, Tensor gate_audio,"
+    " Tensor heard_visual, Tensor heard_audio, Tensor lse_visual, Tensor lse_audio, str fusion, bool needs_tokens)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
+
+
+class _CrossModal(torch.autograd.Function):
+    """The outputs of the streams that listen, in the order visual, audio."""
+
+    @staticmethod
+    def forward(
+        ctx, visual: Tensor, audio: Tensor, gate_visual: Tensor, gate_audio: Tensor, fusion: str, dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        out_visual, out_audio, *kept = _fwd(visual, audio, gate_visual, gate_audio, fusion, dtype)
+        ctx.fusion = fusion
+        ctx.save_for_backward(visual, audio, gate_visual, gate_audio, *kept)
+        return tuple(out for out, listens in ((out_visual, fusion != "v2a"), (out_audio, fusion != "a2v")) if listens)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        visual, audio, gate_visual, gate_audio, *kept = ctx.saved_tensors
+        fusion, (needs_visual, needs_audio, needs_gate_visual, needs_gate_audio, *_) = ctx.fusion, ctx.needs_input_grad
+        # A stream that does not listen is passed on outside, so nothing comes back to it from here.
+        grad_visual = grads[0] if fusion != "v2a" else torch.zeros_like(visual)
+        grad_audio = grads[-1] if fusion != "a2v" else torch.zeros_like(audio)
+        d_visual, d_audio, delta_visual, delta_audio = _bwd(
+            grad_visual, grad_audio, visual, audio, gate_visual, gate_audio, *kept, fusion, needs_visual or needs_audio
+        )
+        return (
+            d_visual if needs_visual else None,
+            d_audio if needs_audio else None,
+            delta_visual.sum().to(gate_visual.dtype).view(1) if needs_gate_visual and fusion != "v2a" else None,
+            delta_audio.sum().to(gate_audio.dtype).view(1) if needs_gate_audio and fusion != "a2v" else None,
+            None,
+            None,
+        )
+
+
+def _triton(
+    visual: Tensor, audio: Tensor, gate_visual: Tensor, gate_audio: Tensor, *, fusion: str = "both"
+) -> tuple[Tensor, Tensor]:
+    if fusion == "none":
+        return visual, audio
+    outs = _CrossModal.apply(visual, audio, gate_visual, gate_audio, fusion, product_dtype(visual))
+    return outs[0] if fusion != "v2a" else visual, outs[-1] if fusion != "a2v" else audio
+
+
+def _limits(visual: Tensor, audio: Tensor, *gates: Tensor, fusion: str) -> Iterator[str]:
+    if visual.shape[2] > LARGEST_RANK:
+        yield f"its kernels take hidden tokens of at most {LARGEST_RANK} channels, got {visual.shape[2]}"
+
+
+register(
+    "cross_modal_attention",
+    triton=Implementation(_triton, _limits),
+    torch=_torch,
+    reference=reference.cross_modal_attention,
+)

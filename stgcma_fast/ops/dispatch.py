@@ -101,6 +101,12 @@ def select(op: str, impl: Impl, *args: Any, **kwargs: Any) -> Callable:
     return REGISTRY[op][chosen].function
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product of ``x`` runs: its own, or that of autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def _log_once(op: str, reasons: str) -> None:
     if (op, reasons) not in _logged:
         _logged.add((op, reasons))

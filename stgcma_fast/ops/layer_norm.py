@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from .boundary import define
 from .checks import check_shape
-from .dispatch import Impl, Implementation, register, select
+from .dispatch import Impl, Implementation, product_dtype, register, select
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, impl: Impl = "auto") -> Tensor:
@@ -41,14 +41,9 @@ def packed_layer_norm(xs: Sequence[Tensor], weight: Tensor, bias: Tensor, eps: f
     """
     serving = select("layer_norm", impl, xs[0], weight, bias, eps)
     if serving is _triton:
-        return _LayerNorm.apply(weight, bias, eps, _product_dtype(xs[0]), *(x.flatten(0, -2) for x in xs))
+        return _LayerNorm.apply(weight, bias, eps, product_dtype(xs[0]), *(x.flatten(0, -2) for x in xs))
     rows = [serving(x, weight, bias, eps).flatten(0, -2) for x in xs]
     return torch.cat(rows) if len(rows) > 1 else rows[0]
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _fwd_fake(xs, weight, bias, eps, dtype):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -29,6 +30,8 @@ def all_threads(_one_thread: None) -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def kernels(request: pytest.FixtureRequest, poisoned_memory: None) -> Iterator[str]:
     """Triton kernels: in the interpreter, and by `make test-gpu` on a GPU. What they leave unwritten is NaN."""
+    if request.param == "cpu" and os.environ["TRITON_INTERPRET"] != "1":
+        pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1")
     Device.name = request.param
     allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     yield request.param

@@ -5,7 +5,7 @@ import torch
 
 from stgcma_fast import ops, reference
 from stgcma_fast.ops.layer_norm import packed_layer_norm
-from tests.support.inputs import Device, draw, each_dtype, each_low_dtype, each_stride
+from tests.support.inputs import Device, draw, each_dtype, each_kernel_dtype, each_low_dtype, each_stride
 from tests.support.numerics import check, check_compiled, check_equal_in_float64, evaluate
 
 SIZES = {
@@ -128,7 +128,7 @@ def kernel(x, weight, bias, **options):
     return ops.layer_norm(x, weight, bias, impl="triton", **options)
 
 
-@each_dtype
+@each_kernel_dtype
 @pytest.mark.parametrize("size", KERNEL_SIZES.values(), ids=KERNEL_SIZES.keys())
 def test_kernel_sizes(kernels, size, dtype):
     hold(problem(*size, dtype=dtype), fast=kernel, frozen=FREEZE)
@@ -177,7 +177,7 @@ def packed(x, weight, bias, other, impl="triton"):
     return packed_layer_norm([x, other], weight, bias, impl=impl)
 
 
-@each_dtype
+@each_kernel_dtype
 def test_kernel_packs_two_streams(kernels, dtype):
     """Streams of different sizes and strides, one behind the other, in one launch."""
     tensors = problem((2, 9), 48, dtype=dtype) | {"other": draw(3, 2, 5, 48, dtype=dtype, strides="slice")}

@@ -25,6 +25,10 @@ def dtype_id(dtype: torch.dtype) -> str:
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 each_low_dtype = pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_id)
+# Triton's interpreter truncates where a GPU rounds to bfloat16.
+each_kernel_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=dtype_id
+)
 each_stride = pytest.mark.parametrize("strides", STRIDES)
 
 

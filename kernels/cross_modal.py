@@ -1,0 +1,411 @@
+"""The parameter-free two-way cross-attention that never writes its scores. Card: docs/ops/cross_modal.md.
+
+G groups (frames, or windows of all frames), n and m tokens of a group, r rank in tiles of RA + RB. The problem is symmetric:
+a program owns rows of one stream and loops over the tokens of the other, and which stream owns is the only difference.
+Scores are kept in units of log 2. Hidden tokens are packed rows ``[G * n, r]``, or in the window form ``[F * H * W, r]`` in the
+layout of the image, where a window's rows are found by index arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .primitives import dot_ranks, dot_split, load_split, store_split, zeros_split
+
+
+@triton.jit
+def token_rows(
+    group, o_t, tokens, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, SHIFT: tl.constexpr
+):  # fmt: skip
+    """Rows in memory of the tokens ``o_t`` of a group: of a frame (SIZE 0), or of a window after the cyclic roll by -SHIFT."""
+    if SIZE == 0:
+        rows = group * tokens + o_t
+    else:
+        ACROSS: tl.constexpr = WIDTH // SIZE
+        WINDOWS: tl.constexpr = (HEIGHT // SIZE) * ACROSS
+        window = group % WINDOWS
+        y = (window // ACROSS * SIZE + o_t // SIZE + SHIFT) % HEIGHT
+        x = (window % ACROSS * SIZE + o_t % SIZE + SHIFT) % WIDTH
+        rows = group // WINDOWS * (HEIGHT * WIDTH) + y * WIDTH + x
+    # Rows fit into 32 bits; rows times their width may not.
+    return rows.to(tl.int64)
+
+
+@triton.jit
+def attend(
+    own_a,  # [BLOCK_N, RA]
+    own_b,  # [BLOCK_N, RB]
+    other,  # [G * m, R]
+    group,
+    tokens,
+    R: tl.constexpr,
+    RA: tl.constexpr,
+    RB: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """What rows of one stream hear, ``softmax(own other^T) other`` as two float32 tiles, and their scores' log-sum-exp."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    peak = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    acc_a, acc_b = zeros_split(BLOCK_N, RA, RB)
+    for start in range(0, tokens, BLOCK_M):
+        o_m = start + tl.arange(0, BLOCK_M)
+        m_m = o_m < tokens
+        rows = token_rows(group, o_m, tokens, HEIGHT, WIDTH, SIZE, SHIFT)
+        k_a, k_b = load_split(other, rows, m_m, R, RA, RB, DTYPE)
+        scores = dot_ranks(own_a, own_b, k_a, k_b, RB, PRECISION) * LOG2E
+        scores = tl.where(m_m[None, :], scores, float("-inf"))
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        shrink = tl.exp2(peak - higher)
+        p = tl.exp2(scores - higher[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        acc_a *= shrink[:, None]
+        if RB > 0:
+            acc_b *= shrink[:, None]
+        acc_a, acc_b = dot_split(p.to(DTYPE), k_a, k_b, acc_a, acc_b, RB, PRECISION)
+        peak = higher
+    acc_a /= total[:, None]
+    if RB > 0:
+        acc_b /= total[:, None]
+    return acc_a, acc_b, peak + tl.log2(total)
+
+
+@triton.jit
+def _cross_modal_fwd_tile(
+    own,  # [G * n, R]
+    other,  # [G * m, R]
+    gate,  # [1]
+    out,  # [G * n, R]
+    heard,  # [G * n, R]
+    lse,  # [G * n]
+    tokens,
+    other_tokens,
+    tile,
+    R: tl.constexpr,
+    RA: tl.constexpr,
+    RB: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    tiles = tl.cdiv(tokens, BLOCK_N)
+    group = tile // tiles
+    o_t = (tile % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_t < tokens
+    o_n = token_rows(group, o_t, tokens, 0, 0, 0, 0)
+    own_a, own_b = load_split(own, o_n, m_n, R, RA, RB, tl.float32)
+    heard_a, heard_b, b_lse = attend(
+        own_a.to(DTYPE), own_b.to(DTYPE), other, group, other_tokens, R, RA, RB, 0, 0, 0, 0, DTYPE, PRECISION, BLOCK_N, BLOCK_M
+    )  # fmt: skip
+    store_split(heard, o_n, m_n, heard_a, heard_b, R, RA, RB)
+    tl.store(lse + o_n, b_lse, mask=m_n)
+    b_gate = tl.load(gate).to(tl.float32)
+    store_split(out, o_n, m_n, own_a + b_gate * heard_a, own_b + b_gate * heard_b, R, RA, RB)
+
+
+@triton.jit
+def _cross_modal_fwd_kernel(
+    visual, audio, gate_visual, gate_audio, out_visual, out_audio, heard_visual, heard_audio, lse_visual, lse_audio, groups,
+    tokens_visual, tokens_audio, R: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, TO_VISUAL: tl.constexpr, TO_AUDIO:
+    tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    first = groups * tl.cdiv(tokens_visual, BLOCK_N) if TO_VISUAL else 0
+    if TO_VISUAL and (not TO_AUDIO or tile < first):
+        _cross_modal_fwd_tile(
+            visual, audio, gate_visual, out_visual, heard_visual, lse_visual, tokens_visual, tokens_audio, tile, R, RA, RB,
+            DTYPE, PRECISION, BLOCK_N, BLOCK_M,
+        )  # fmt: skip
+    else:
+        _cross_modal_fwd_tile(
+            audio, visual, gate_audio, out_audio, heard_audio, lse_audio, tokens_audio, tokens_visual, tile - first, R, RA, RB,
+            DTYPE, PRECISION, BLOCK_N, BLOCK_M,
+        )  # fmt: skip
+
+
+@triton.jit
+def _cross_modal_bwd_tile(
+    own,  # [G * n, R]
+    other,  # [G * m, R]
+    own_grad,  # [G * n, R]
+    other_grad,  # [G * m, R]
+    own_gate,  # [1]
+    other_gate,  # [1]
+    own_lse,  # [G * n]
+    other_lse,  # [G * m]
+    own_delta,  # [G * n]
+    other_delta,  # [G * m]
+    d_own,  # [G * n, R]
+    groups,
+    tokens,
+    other_tokens,
+    tile,
+    R: tl.constexpr,
+    RA: tl.constexpr,
+    RB: tl.constexpr,
+    TO_OWN: tl.constexpr,
+    TO_OTHER: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    LOG2E: tl.constexpr = 1.4426950408889634
+    tiles = tl.cdiv(tokens, BLOCK_N)
+    o_t = (tile % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_own_gate, b_other_gate = tl.load(own_gate).to(tl.float32), tl.load(other_gate).to(tl.float32)
+    for group in range(tile // tiles * GROUPS, tl.minimum((tile // tiles + 1) * GROUPS, groups)):
+        m_n = o_t < tokens
+        o_n = token_rows(group, o_t, tokens, HEIGHT, WIDTH, SIZE, SHIFT)
+        own_a, own_b = load_split(own, o_n, m_n, R, RA, RB, DTYPE)
+        direct_a, direct_b = load_split(own_grad, o_n, m_n, R, RA, RB, tl.float32)
+        grad_a, grad_b = direct_a.to(DTYPE), direct_b.to(DTYPE)
+        if TO_OWN:
+            b_own_lse = tl.load(own_lse + o_n, mask=m_n, other=0.0)
+            b_own_delta = tl.load(own_delta + o_n, mask=m_n, other=0.0)
+        acc_a, acc_b = zeros_split(BLOCK_N, RA, RB)
+        for start in range(0, other_tokens, BLOCK_M):
+            o_u = start + tl.arange(0, BLOCK_M)
+            m_m = o_u < other_tokens
+            o_m = token_rows(group, o_u, other_tokens, HEIGHT, WIDTH, SIZE, SHIFT)
+            other_a, other_b = load_split(other, o_m, m_m, R, RA, RB, DTYPE)
+            # One tile of scores serves both softmaxes; exp2 gives 0 beyond the last token.
+            scores = tl.where(m_m[None, :], dot_ranks(own_a, own_b, other_a, other_b, RB, PRECISION) * LOG2E, float("-inf"))
+            d_scores = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            if TO_OWN:
+                p = tl.exp2(scores - b_own_lse[:, None])
+                d_scores += b_own_gate * p * (dot_ranks(grad_a, grad_b, other_a, other_b, RB, PRECISION) - b_own_delta[:, None])
+            if TO_OTHER:
+                other_grad_a, other_grad_b = load_split(other_grad, o_m, m_m, R, RA, RB, DTYPE)
+                b_other_lse = tl.load(other_lse + o_m, mask=m_m, other=0.0)
+                b_other_delta = tl.load(other_delta + o_m, mask=m_m, other=0.0)
+                q = b_other_gate * tl.exp2(scores - b_other_lse[None, :])
+                d_scores += q * (dot_ranks(own_a, own_b, other_grad_a, other_grad_b, RB, PRECISION) - b_other_delta[None, :])
+                acc_a, acc_b = dot_split(q.to(DTYPE), other_grad_a, other_grad_b, acc_a, acc_b, RB, PRECISION)
+            acc_a, acc_b = dot_split(d_scores.to(DTYPE), other_a, other_b, acc_a, acc_b, RB, PRECISION)
+        store_split(d_own, o_n, m_n, acc_a + direct_a, acc_b + direct_b, R, RA, RB)
+
+
+@triton.jit
+def _cross_modal_bwd_kernel(
+    visual, audio, grad_visual, grad_audio, gate_visual, gate_audio, lse_visual, lse_audio, delta_visual, delta_audio, d_visual,
+    d_audio, groups, tokens_visual, tokens_audio, R: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, TO_VISUAL: tl.constexpr,
+    TO_AUDIO: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, SHIFT: tl.constexpr, DTYPE:
+    tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    first = tl.cdiv(groups, GROUPS) * tl.cdiv(tokens_visual, BLOCK_N)
+    if tile < first:
+        _cross_modal_bwd_tile(
+            visual, audio, grad_visual, grad_audio, gate_visual, gate_audio, lse_visual, lse_audio, delta_visual, delta_audio,
+            d_visual, groups, tokens_visual, tokens_audio, tile, R, RA, RB, TO_VISUAL, TO_AUDIO, HEIGHT, WIDTH, SIZE, SHIFT,
+            DTYPE, PRECISION, BLOCK_N, BLOCK_M, GROUPS,
+        )  # fmt: skip
+    else:
+        _cross_modal_bwd_tile(
+            audio, visual, grad_audio, grad_visual, gate_audio, gate_visual, lse_audio, lse_visual, delta_audio, delta_visual,
+            d_audio, groups, tokens_audio, tokens_visual, tile - first, R, RA, RB, TO_AUDIO, TO_VISUAL, HEIGHT, WIDTH, SIZE,
+            SHIFT, DTYPE, PRECISION, BLOCK_N, BLOCK_M, GROUPS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _delta_tile(
+    grad, heard, delta, rows, tile, R: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    o_n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < rows
+    g_a, g_b = load_split(grad, o_n, m_n, R, RA, RB, tl.float32)
+    h_a, h_b = load_split(heard, o_n, m_n, R, RA, RB, tl.float32)
+    tl.store(delta + o_n, delta_of(g_a, g_b, h_a, h_b, RB), mask=m_n)
+
+
+@triton.jit
+def delta_of(g_a, g_b, h_a, h_b, RB: tl.constexpr):
+    """The dot product of each row's gradient with what the row heard."""
+    delta = tl.sum(g_a * h_a, 1)
+    if RB > 0:
+        delta += tl.sum(g_b * h_b, 1)
+    return delta
+
+
+@triton.jit
+def _cross_modal_bwd_delta_kernel(
+    grad_visual,  # [G * n, R]
+    grad_audio,  # [G * m, R]
+    heard_visual,  # [G * n, R]
+    heard_audio,  # [G * m, R]
+    delta_visual,  # [G * n]
+    delta_audio,  # [G * m]
+    rows_visual,
+    rows_audio,
+    R: tl.constexpr,
+    RA: tl.constexpr,
+    RB: tl.constexpr,
+    TO_VISUAL: tl.constexpr,
+    TO_AUDIO: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    first = tl.cdiv(rows_visual, BLOCK_N) if TO_VISUAL else 0
+    if TO_VISUAL and (not TO_AUDIO or tile < first):
+        _delta_tile(grad_visual, heard_visual, delta_visual, rows_visual, tile, R, RA, RB, BLOCK_N)
+    else:
+        _delta_tile(grad_audio, heard_audio, delta_audio, rows_audio, tile - first, R, RA, RB, BLOCK_N)
+
+
+def tile_candidates(x: Tensor, tokens: int, *, backward: bool) -> list[launch.Config]:
+    """Blocks of own rows (BLOCK_N) and of the other stream's (BLOCK_M), by dtype, card and tokens of a group."""
+
+    def config(n: int, m: int, warps: int, stages: int) -> launch.Config:
+        return {"BLOCK_N": n, "BLOCK_M": m, "num_warps": warps, "num_stages": stages}
+
+    if x.dtype == torch.float32:
+        return [config(32, 32, 4, 1)]
+    if launch.capability(x)[0] == 8:
+        # Ampere's accumulators and operands share the registers: wider tiles spill in the backward.
+        return [config(32, 32, 4, 2), config(64, 32, 8, 2)] if backward else [config(64, 32, 4, 2), config(128, 32, 8, 2)]
+    if tokens <= 64:
+        return [config(64, 64, 4, 2), config(64, 32, 4, 2)]
+    if backward:
+        return [config(64, 64, 4, 2), config(128, 64, 8, 2), config(64, 32, 4, 2)]
+    return [config(128, 64, 8, 2), config(64, 64, 4, 3), config(128, 128, 8, 2), config(64, 128, 4, 2)]
+
+
+def listening(fusion: str) -> tuple[bool, bool]:
+    """Whether vision hears audio, and audio vision."""
+    return fusion in ("both", "a2v"), fusion in ("both", "v2a")
+
+
+def _like(x: Tensor, wanted: bool, dtype: torch.dtype | None = None) -> Tensor:
+    return x.new_empty(x.shape if wanted else 0, dtype=dtype)
+
+
+def _sums(x: Tensor, wanted: bool) -> Tensor:
+    return x.new_empty(x.shape[:-1] if wanted else 0, dtype=torch.float32)
+
+
+def cross_modal_fwd(
+    visual: Tensor, audio: Tensor, gate_visual: Tensor, gate_audio: Tensor, fusion: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs ``[G, n, r]`` and ``[G, m, r]``, what was heard of the same shapes, and log-sum-exps ``[G, n]`` and ``[G, m]``.
+
+    Products run in ``dtype``, and what was heard is kept in it. All are empty for a stream that does not listen; one of the
+    two does.
+    """
+    visual, audio = visual.contiguous(), audio.contiguous()
+    to_visual, to_audio = listening(fusion)
+    outs = _like(visual, to_visual), _like(audio, to_audio)
+    heards = _like(visual, to_visual, dtype), _like(audio, to_audio, dtype)
+    lses = _sums(visual, to_visual), _sums(audio, to_audio)
+    groups, n, rank = visual.shape
+    m = audio.shape[1]
+    launch.run(
+        _cross_modal_fwd_kernel,
+        lambda config: (
+            groups * (to_visual * triton.cdiv(n, config["BLOCK_N"]) + to_audio * triton.cdiv(m, config["BLOCK_N"])),
+        ),
+        *(visual, audio, gate_visual, gate_audio, *outs, *heards, *lses, groups, n, m),
+        candidates=tile_candidates(visual, max(n, m), backward=False),
+        **launch.split_rank(rank),
+        TO_VISUAL=to_visual,
+        TO_AUDIO=to_audio,
+        DTYPE=launch.triton_dtype(dtype),
+        PRECISION=launch.precision(dtype),
+    )
+    return *outs, *heards, *lses
+
+
+def cross_modal_bwd(
+    grad_visual: Tensor,
+    grad_audio: Tensor,
+    visual: Tensor,
+    audio: Tensor,
+    gate_visual: Tensor,
+    gate_audio: Tensor,
+    heard_visual: Tensor,
+    heard_audio: Tensor,
+    lse_visual: Tensor,
+    lse_audio: Tensor,
+    fusion: str,
+    needs_tokens: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of both streams (empty unless needed), and of each token's share in the gates, ``[G, n]`` and ``[G, m]``."""
+    to_visual, to_audio = listening(fusion)
+    visual, audio, grad_visual, grad_audio = (x.contiguous() for x in (visual, audio, grad_visual, grad_audio))
+    deltas = _sums(visual, to_visual), _sums(audio, to_audio)
+    rows = visual.shape[:2].numel(), audio.shape[:2].numel()
+    constants = {**launch.split_rank(visual.shape[2]), "TO_VISUAL": to_visual, "TO_AUDIO": to_audio}
+    launch.run(
+        _cross_modal_bwd_delta_kernel,
+        lambda config: (
+            to_visual * triton.cdiv(rows[0], config["BLOCK_N"]) + to_audio * triton.cdiv(rows[1], config["BLOCK_N"]),
+        ),
+        *(grad_visual, grad_audio, heard_visual, heard_audio, *deltas, *rows),
+        candidates=[{"BLOCK_N": 64, "num_warps": 4, "num_stages": 1}],
+        **constants,
+    )
+    d_visual, d_audio = _like(visual, needs_tokens), _like(audio, needs_tokens)
+    if needs_tokens:
+        attend_bwd(
+            (visual, audio), (grad_visual, grad_audio), (gate_visual, gate_audio), (lse_visual, lse_audio), deltas, (d_visual,
+            d_audio), visual.shape[0], visual.shape[1], audio.shape[1], (0, 0, 0, 0), fusion, heard_visual.dtype,
+        )  # fmt: skip
+    return d_visual, d_audio, *deltas
+
+
+def attend_bwd(
+    hiddens: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    lses: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    d_hiddens: Sequence[Tensor],
+    groups: int,
+    n: int,
+    m: int,
+    window: Sequence[int],
+    fusion: str,
+    dtype: torch.dtype,
+) -> None:
+    """Fill the gradients of both streams' hidden tokens. Pairs are visual, then audio; ``window`` is a WindowGrid or zeros."""
+    to_visual, to_audio = listening(fusion)
+    height, width, size, shift = window
+    # Windows are short, so a program takes several of them one after another.
+    together = 4 if size else 1
+    launch.run(
+        _cross_modal_bwd_kernel,
+        lambda config: (
+            triton.cdiv(groups, config["GROUPS"]) * (triton.cdiv(n, config["BLOCK_N"]) + triton.cdiv(m, config["BLOCK_N"])),
+        ),
+        *(*hiddens, *grads, *gates, *lses, *deltas, *d_hiddens, groups, n, m),
+        candidates=[{**c, "GROUPS": together} for c in tile_candidates(hiddens[0], max(n, m), backward=True)],
+        **launch.split_rank(hiddens[0].shape[-1]),
+        TO_VISUAL=to_visual,
+        TO_AUDIO=to_audio,
+        HEIGHT=height,
+        WIDTH=width,
+        SIZE=size,
+        SHIFT=shift,
+        DTYPE=launch.triton_dtype(dtype),
+        PRECISION=launch.precision(dtype),
+    )
