@@ -356,14 +356,14 @@ def adapter_bwd(
     needs_weights: bool,
     dtype: torch.dtype,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of the inputs ``[N, D]``, and of the weights as `weight_grads` packs them: up, then down, stream by stream.
+    """Gradients of the inputs ``[N, D]``, and of the weights as `weight_grads` packs them: up, then down.
 
     What is not needed is an empty list.
     """
     hiddens, dzs, dxs = down_bwd(grads, xs, down_weights, down_biases, up_weights, None, needs_x, needs_weights, dtype)
     if not needs_weights:
         return dxs, []
-    return dxs, [*weight_grads(grads, hiddens, down=False), *weight_grads(xs, dzs, down=True)]
+    return dxs, [weight_grads(grads, hiddens, down=False), weight_grads(xs, dzs, down=True)]
 
 
 def down_bwd(
@@ -416,8 +416,8 @@ def down_bwd(
 _WEIGHT_PROGRAMS = 256
 
 
-def weight_grads(wides: Sequence[Tensor], narrows: Sequence[Tensor], *, down: bool) -> list[Tensor]:
-    """Gradients of a projection's weight and bias, flat and one behind the other, float32, for each stream.
+def weight_grads(wides: Sequence[Tensor], narrows: Sequence[Tensor], *, down: bool) -> Tensor:
+    """Gradients of a projection's weight and bias, flat and one behind the other, float32: a row for each stream.
 
     Args:
         wides: ``[N, D]``, the upstream gradients (up) or the inputs (down).
@@ -445,4 +445,4 @@ def weight_grads(wides: Sequence[Tensor], narrows: Sequence[Tensor], *, down: bo
         **launch.split_rank(rank),
         PRECISION=launch.precision(narrows[0].dtype),
     )
-    return list(partials.sum(1).unbind() if splits > 1 else partials[:, 0].unbind())
+    return partials.sum(1) if splits > 1 else partials[:, 0]

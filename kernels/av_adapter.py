@@ -333,5 +333,5 @@ def av_adapter_bwd(
         attend_bwd(hiddens, d_exchanged, gates, lses, deltas, d_hiddens, groups, n, m, grid, fusion, dtype)
     _, dzs, dxs = down_bwd(grads, rows, down_weights, down_biases, up_weights, d_hiddens, needs_x, needs_weights, dtype)
     dxs = [dx.view(shape) for dx, shape in zip(dxs, shapes, strict=bool(dxs))]
-    packed = [*weight_grads(grads, exchanged, down=False), *weight_grads(rows, dzs, down=True)] if needs_weights else []
+    packed = [weight_grads(grads, exchanged, down=False), weight_grads(rows, dzs, down=True)] if needs_weights else []
     return dxs, packed, deltas

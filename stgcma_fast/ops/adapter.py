@@ -90,13 +90,13 @@ def _bwd_fake(grads, xs, down_weights, down_biases, up_weights, needs_x, needs_w
 def packed_weights_fake(xs: Sequence[Tensor], down_weights: Sequence[Tensor]) -> list[Tensor]:
     """What `unpack_weight_grads` takes, unwritten."""
     rank, channels = down_weights[0].shape
-    return [xs[0].new_empty(rank * channels + bias, dtype=torch.float32) for bias in (channels, rank) for _ in xs]
+    return [xs[0].new_empty(len(xs), rank * channels + bias, dtype=torch.float32) for bias in (channels, rank)]
 
 
 def unpack_weight_grads(packed: Sequence[Tensor], params: Sequence[AdapterParams]) -> list[AdapterParams]:
-    """Gradients in the weights' shapes and dtypes from the kernels' flat ones: up, then down, stream by stream."""
-    streams, out = len(params), []
-    for up_grad, down_grad, p in zip(packed[:streams], packed[streams:], params, strict=True):
+    """Gradients in the weights' shapes and dtypes from the kernels' flat ones: up, then down, a row for each stream."""
+    out = []
+    for up_grad, down_grad, p in zip(*packed, params, strict=True):
         split = p.down_weight.numel()
         grads = (
             down_grad[:split].view_as(p.down_weight),

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from stgcma_fast import ops, reference
-from tests.support.inputs import adapter_weights, draw, each_dtype, each_low_dtype, each_stride
-from tests.support.numerics import check, check_compiled, check_equal_in_float64
+from stgcma_fast.kernels import launch
+from stgcma_fast.ops.adapter import adapters
+from tests.support.inputs import adapter_weights, draw, each_dtype, each_kernel_dtype, each_low_dtype, each_stride
+from tests.support.numerics import check, check_compiled, check_equal_in_float64, evaluate
 
 WEIGHTS = ("down_weight", "down_bias", "up_weight", "up_bias")
 SIZES = {
@@ -139,3 +141,121 @@ ERRORS = {
 def test_errors(changed, message):
     with pytest.raises(ValueError, match=message):
         FAST(**problem((3, 20), 48, 24) | changed)
+
+
+KERNEL = function(ops, "triton")
+KERNEL_SIZES = SIZES | {"two-tiles": ((5, 26), 64, 64), "swin-l": ((3, 3), 1536, 96), "rank-40": ((70,), 33, 40)}
+
+
+@each_kernel_dtype
+@pytest.mark.parametrize("size", KERNEL_SIZES.values(), ids=KERNEL_SIZES.keys())
+def test_kernel_sizes(kernels, size, dtype):
+    hold(problem(*size, dtype=dtype), fast=KERNEL)
+
+
+@each_kernel_dtype
+def test_kernel_without_residual(kernels, dtype):
+    hold(problem((2, 20), 48, 24, dtype=dtype, residual=False), fast=KERNEL)
+
+
+@each_stride
+def test_kernel_strides(kernels, strides):
+    hold(problem((3, 20), 48, 24, strides=strides), fast=KERNEL, upstream=strides)
+
+
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN.keys())
+def test_kernel_frozen_inputs_change_nothing_else(kernels, frozen):
+    hold(problem((3, 20), 48, 24), fast=KERNEL, frozen=frozen)
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "bare"])
+def test_kernel_autocast(kernels, residual):
+    # float16: the interpreter truncates where a GPU rounds to bfloat16.
+    hold(problem((3, 20), 48, 24, residual=residual), fast=KERNEL, autocast=torch.float16)
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "bare"])
+def test_kernel_compiled(kernels, residual):
+    batched = ["x", "residual"] if residual else ["x"]
+    check_compiled(KERNEL, hold, lambda batch: problem((batch, 20), 48, 24, residual=residual), batched=batched)
+
+
+def pair(impl):
+    def both(x, residual, x1, residual1, **weights):
+        params = [ops.AdapterParams(**{n: weights[prefix + n] for n in WEIGHTS}) for prefix in ("", "other_")]
+        return tuple(adapters([x, x1], params, [residual, residual1], impl=impl))
+
+    return both
+
+
+def two_streams(dtype):
+    return {
+        **problem((2, 9), 48, 24, dtype=dtype),
+        "x1": draw(20, 2, 33, 48, dtype=dtype, strides="slice"),
+        "residual1": draw(21, 2, 33, 48, dtype=dtype),
+        **adapter_weights(22, 48, 24, "other_", dtype=dtype),
+    }
+
+
+@each_kernel_dtype
+def test_kernel_serves_two_streams_in_one_launch(kernels, dtype):
+    tensors = two_streams(dtype)
+    got = check("adapter", pair("triton"), pair("reference"), tensors, reductions=[48, 24, 66])
+    assert not torch.equal(got["grad_down_weight"], got["grad_other_down_weight"])
+
+
+def test_two_streams_are_one_launch(kernels, monkeypatch):
+    run, names = launch.run, []
+    monkeypatch.setattr(
+        launch, "run", lambda kernel, *args, **options: names.append(kernel.__name__) or run(kernel, *args, **options)
+    )
+    evaluate(pair("triton"), two_streams(torch.float32))
+    assert names == ["_adapter_fwd_kernel", "_adapter_bwd_kernel", "_adapter_bwd_weight_kernel", "_adapter_bwd_weight_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("frozen", "launched"),
+    [
+        (set(WEIGHTS), ["_adapter_fwd_kernel", "_adapter_bwd_kernel"]),
+        ({"x", *WEIGHTS}, ["_adapter_fwd_kernel"]),
+    ],
+    ids=["weights", "all-but-the-residual"],
+)
+def test_kernel_does_nothing_for_frozen_weights(kernels, monkeypatch, frozen, launched):
+    run, names = launch.run, []
+    monkeypatch.setattr(
+        launch, "run", lambda kernel, *args, **options: names.append(kernel.__name__) or run(kernel, *args, **options)
+    )
+    evaluate(KERNEL, problem((3, 20), 48, 24), frozen=frozen)
+    assert names == launched
+
+
+def test_kernel_keeps_its_inputs_alone(kernels):
+    """The hidden tokens are made again in the backward."""
+    tensors = {name: x.requires_grad_() for name, x in problem((3, 20), 48, 24).items()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.data_ptr()) or x, lambda x: x):
+        KERNEL(**tensors)
+    assert set(saved) == {x.data_ptr() for name, x in tensors.items() if name != "residual"}
+
+
+def test_kernel_repeats_bit_equal(kernels):
+    tensors = problem((3, 150), 48, 24)
+    first = evaluate(KERNEL, tensors)
+    for _ in range(2):
+        assert all(torch.equal(x, first[name]) for name, x in evaluate(KERNEL, tensors).items())
+
+
+def test_kernel_as_pytorch_sees_it(kernels):
+    """Schema, fake and dispatch keys of the registered operators."""
+    x, residual, *weights = problem((5,), 48, 24).values()
+    operators = torch.ops.stgcma_fast
+    each = [[w, w] for w in weights]
+    torch.library.opcheck(operators.adapter_fwd.default, ([x, x[:3]], [residual, residual[:3]], *each, torch.float32))
+    for needs in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(operators.adapter_bwd.default, ([x, x[:3]], [x, x[:3]], *each[:3], *needs, torch.float32))
+
+
+def test_kernel_refuses_wide_bottlenecks(kernels):
+    with pytest.raises(NotImplementedError, match="a bottleneck width of at most 128, got 129"):
+        KERNEL(**problem((3, 5), 48, 129))
