@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from stgcma_fast import ops, reference
+from stgcma_fast.kernels import launch
 from stgcma_fast.ops import WindowGrid
-from tests.support.inputs import adapter_weights, draw, each_dtype, each_low_dtype, each_stride
+from tests.support.inputs import Device, adapter_weights, draw, each_dtype, each_kernel_dtype, each_low_dtype, each_stride
 from tests.support.numerics import check, check_compiled, check_equal_in_float64, evaluate
 
 FUSIONS = ("both", "a2v", "v2a", "none")
@@ -61,7 +62,10 @@ def problem(
 ):
     shapes = {"visual": (frames, n, channels), "audio": (frames, m, channels)}
     tensors = {name: draw(seed + i, *shapes[name], dtype=dtype, strides=strides) for i, name in enumerate(shapes)}
-    tensors |= {"gate_visual": torch.tensor([gates[0]], dtype=dtype), "gate_audio": torch.tensor([gates[1]], dtype=dtype)}
+    tensors |= {
+        "gate_visual": torch.tensor([gates[0]], dtype=dtype, device=Device.name),
+        "gate_audio": torch.tensor([gates[1]], dtype=dtype, device=Device.name),
+    }
     tensors |= {
         f"residual_{name}": draw(seed + 4 + len(name), *shapes[name], dtype=dtype, strides=strides) for name in residuals
     }
@@ -247,3 +251,154 @@ def test_window_errors(window, message):
 def test_fusion_error():
     with pytest.raises(ValueError, match="fusion: got 'audio', allowed are 'both', 'a2v', 'v2a', 'none'"):
         function(ops, fusion="audio")(**windowed(GRIDS["one-window"]))
+
+
+def kernel(**options):
+    return function(ops, impl="triton", **options)
+
+
+KERNEL_SIZES = {
+    "clip": (2, 50, 49, 96, 24),
+    "stage4": (1, 49, 49, 128, 96),
+    "odd": (1, 70, 33, 100, 100),
+    "narrow": (3, 17, 40, 32, 4),
+    "one-token": (1, 1, 1, 96, 16),
+    "swin-l": (1, 3, 5, 1536, 96),
+}
+
+
+@each_kernel_dtype
+@pytest.mark.parametrize("size", KERNEL_SIZES.values(), ids=KERNEL_SIZES.keys())
+def test_kernel_sizes(kernels, size, dtype):
+    hold(problem(*size, dtype=dtype), fast=kernel())
+
+
+@each_grid
+def test_kernel_windows(kernels, grid):
+    hold(windowed(grid), fast=kernel(window=grid), window=grid)
+
+
+def test_kernel_takes_windows_in_turn(kernels):
+    """Twelve windows, and then ten, of which a program takes four."""
+    for grid in (WindowGrid(8, 6, 2, 1), WindowGrid(4, 10, 2, 1)):
+        hold(windowed(grid, frames=1, channels=16, rank=16), fast=kernel(window=grid), window=grid)
+
+
+@pytest.mark.parametrize("window", [None, GRIDS["wide-shifted"]], ids=["frame", "windows"])
+@each_fusion
+def test_kernel_fusions(kernels, fusion, window):
+    options = {"fusion": fusion, "window": window}
+    hold(windowed(GRIDS["wide-shifted"], frames=1), fast=kernel(**options), **options)
+
+
+@pytest.mark.parametrize("window", [None, WindowGrid(4, 6, 2, 1)], ids=["frame", "windows"])
+@each_stride
+def test_kernel_strides(kernels, strides, window):
+    tensors = windowed(WindowGrid(4, 6, 2, 1), channels=32, rank=16, strides=strides)
+    hold(tensors, fast=kernel(window=window), upstream=strides, window=window)
+
+
+@pytest.mark.parametrize("residuals", [(), ("visual",), ("audio",)], ids=["neither", "visual", "audio"])
+def test_kernel_residuals(kernels, residuals):
+    hold(problem(2, 20, 13, 32, 16, residuals=residuals), fast=kernel())
+
+
+@each_kernel_dtype
+def test_kernel_gradients_of_gates(kernels, dtype):
+    problems = [problem(2, 20, 13, 32, 16, dtype=dtype, seed=100 * seed) for seed in range(20)]
+    hold(problems, fast=kernel(), gate_roundings=1)
+
+
+@pytest.mark.parametrize("gates", [(0.0, 0.0), (0.0, 0.5)], ids=["closed", "visual-closed"])
+@each_kernel_dtype
+def test_kernel_closed_gates(kernels, dtype, gates):
+    """Training starts with closed gates: the gradient of a gate is not zero there."""
+    got = hold(problem(2, 20, 13, 48, 24, dtype=dtype, gates=gates), fast=kernel())
+    assert got["grad_gate_visual"] != 0
+
+
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN.keys())
+def test_kernel_frozen_inputs_change_nothing_else(kernels, frozen):
+    hold(problem(2, 20, 13, 32, 16), fast=kernel(), frozen=frozen)
+
+
+ALL = {name for name in problem(1, 1, 1, 16, 16) if name.startswith(("visual", "audio", "residual"))}
+WEIGHTS = {name for name in ALL if name.endswith(("weight", "bias"))}
+
+
+@pytest.mark.parametrize(
+    ("frozen", "fusion", "launched"),
+    [
+        (set(), "both", ["bwd_up", "cross_modal_bwd", "adapter_bwd", "adapter_bwd_weight", "adapter_bwd_weight"]),
+        (set(), "none", ["bwd_up", "adapter_bwd", "adapter_bwd_weight", "adapter_bwd_weight"]),
+        (WEIGHTS, "both", ["bwd_up", "cross_modal_bwd", "adapter_bwd"]),
+        (ALL, "both", ["bwd_up"]),
+        (ALL | {"gate_visual", "gate_audio"}, "both", []),
+    ],
+    ids=["all", "no-exchange", "frozen-weights", "gates-alone", "residual-alone"],
+)
+def test_kernel_launches_what_is_needed(kernels, monkeypatch, frozen, fusion, launched):
+    run, names = launch.run, []
+    monkeypatch.setattr(
+        launch, "run", lambda kernel, *args, **options: names.append(kernel.__name__) or run(kernel, *args, **options)
+    )
+    evaluate(kernel(fusion=fusion), problem(1, 5, 4, 16, 16), frozen=frozen - {"residual_visual"})
+    names = [name.removeprefix("_av_adapter").strip("_").removesuffix("_kernel") for name in names]
+    assert names == ["fwd_down", "fwd", *launched]
+
+
+@pytest.mark.parametrize("window", [None, WindowGrid(4, 6, 2, 1)], ids=["frame", "windows"])
+def test_kernel_autocast(kernels, window):
+    # float16: the interpreter truncates where a GPU rounds to bfloat16.
+    hold(windowed(WindowGrid(4, 6, 2, 1)), fast=kernel(window=window), autocast=torch.float16, window=window)
+
+
+@pytest.mark.parametrize("window", [None, WindowGrid(4, 6, 2, 1)], ids=["frame", "windows"])
+def test_kernel_compiled(kernels, window):
+    check_compiled(
+        kernel(window=window),
+        partial(hold, window=window),
+        lambda batch: windowed(WindowGrid(4, 6, 2, 1), batch, 16, 8),
+        batched=["visual", "audio", "residual_visual", "residual_audio"],
+    )
+
+
+def test_kernel_saves_no_scores(kernels):
+    """Inputs, and of what is new only hidden tokens, what they heard, and two log-sum-exps."""
+    tensors = {name: x.requires_grad_() for name, x in problem(2, 90, 70, 32, 4).items()}
+    given, saved = {x.data_ptr() for x in tensors.values()}, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        kernel()(**tensors)
+    new = sorted(x.numel() for x in saved if x.data_ptr() not in given)
+    assert new == [2 * 70, 2 * 90, *[4 * 2 * 70] * 2, *[4 * 2 * 90] * 2]
+
+
+def test_kernel_repeats_bit_equal(kernels):
+    tensors = problem(2, 70, 50, 48, 24)
+    first = evaluate(kernel(), tensors)
+    for _ in range(3):
+        assert all(torch.equal(x, first[name]) for name, x in evaluate(kernel(), tensors).items())
+
+
+@pytest.mark.parametrize("window", [[], [4, 6, 2, 1]], ids=["frame", "windows"])
+@pytest.mark.parametrize("fusion", ["both", "a2v", "none"])
+def test_kernel_as_pytorch_sees_it(kernels, fusion, window):
+    """Schema, fake and dispatch keys of the registered operators."""
+    tensors = problem(2, 24, 24, 16, 8)
+    operators = torch.ops.stgcma_fast
+    xs, residuals, gates = ([tensors[f"{p}{m}"] for m in ("visual", "audio")] for p in ("", "residual_", "gate_"))
+    weights = [[tensors[f"{m}_{name}"] for m in ("visual", "audio")] for name in ops.AdapterParams._fields]
+    forward = (xs, [residuals[0], None], *weights, gates, window, fusion, torch.float32)
+    torch.library.opcheck(operators.av_adapter_fwd.default, forward)
+    _, *kept = operators.av_adapter_fwd(*forward)
+    for needs in ((True, True), (False, True), (True, False), (False, False)):
+        torch.library.opcheck(operators.av_adapter_bwd.default, (xs, xs, *weights[:3], gates, *kept, window, fusion, *needs))
+
+
+def test_kernel_refuses_what_it_cannot_serve(kernels):
+    """Every reason at once."""
+    tensors = problem(1, 5, 5, 16, 129) | adapter_weights(50, 16, 5, "audio_")
+    with pytest.raises(
+        NotImplementedError, match=r"at most 128, got 129; its kernels take two adapters of one bottleneck width"
+    ):
+        kernel(fusion="none")(**tensors)

@@ -7,7 +7,7 @@ import torch
 
 from stgcma_fast import ops, reference
 from stgcma_fast.ops import cross_modal as module
-from tests.support.inputs import draw, each_dtype, each_low_dtype, each_stride
+from tests.support.inputs import Device, draw, each_dtype, each_kernel_dtype, each_low_dtype, each_stride
 from tests.support.numerics import check, check_compiled, check_equal_in_float64, evaluate
 
 FUSIONS = ("both", "a2v", "v2a", "none")
@@ -28,8 +28,8 @@ def problem(groups, n, m, rank, *, dtype=torch.float32, strides="packed", scale=
     return {
         "visual": draw(seed, groups, n, rank, dtype=dtype, scale=scale, strides=strides),
         "audio": draw(seed + 1, groups, m, rank, dtype=dtype, scale=scale, strides=strides),
-        "gate_visual": torch.tensor([gates[0]], dtype=dtype),
-        "gate_audio": torch.tensor([gates[1]], dtype=dtype),
+        "gate_visual": torch.tensor([gates[0]], dtype=dtype, device=Device.name),
+        "gate_audio": torch.tensor([gates[1]], dtype=dtype, device=Device.name),
     }
 
 
@@ -312,3 +312,92 @@ def test_tiled_backward_may_run_under_autocast(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         got = torch.autograd.grad(out, (v, a), upstream)
     assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
+
+
+KERNEL_SIZES = SIZES | {"long": (1, 130, 70, 16), "two-tiles": (1, 40, 96, 128)}
+KERNEL = partial(ops.cross_modal_attention, impl="triton")
+
+
+@each_kernel_dtype
+@pytest.mark.parametrize("size", KERNEL_SIZES.values(), ids=KERNEL_SIZES.keys())
+def test_kernel_sizes(kernels, size, dtype):
+    hold(problem(*size, dtype=dtype), fast=KERNEL)
+
+
+@pytest.mark.parametrize("gates", [(0.7, -0.4), (0.0, 0.0)], ids=["open", "closed"])
+@each_fusion
+def test_kernel_fusions(kernels, fusion, gates):
+    problems = [problem(2, 30, 21, 16, gates=gates, seed=10 * seed) for seed in range(5)]
+    hold(problems, fast=partial(KERNEL, fusion=fusion), fusion=fusion, gate_roundings=1)
+
+
+@each_stride
+def test_kernel_strides(kernels, strides):
+    hold(problem(3, 20, 13, 24, strides=strides), fast=KERNEL, upstream=strides)
+
+
+@each_kernel_dtype
+def test_kernel_large_scores(kernels, dtype):
+    """Scores are not scaled: they reach hundreds, of either sign, and stay in float32 until the maximum is taken."""
+    tensors = problem(2, 49, 40, 96, dtype=dtype, scale=30**0.5)
+    hold(tensors, fast=KERNEL, scores=(tensors["visual"].double() @ tensors["audio"].double().mT).abs().max().item())
+
+
+def test_kernel_scores_that_are_all_negative(kernels):
+    """Past the last token scores are 0, whose exponential against a log-sum-exp of -300 is infinite."""
+    tensors = problem(1, 33, 35, 16)
+    tensors |= {"visual": tensors["visual"].abs() + 4, "audio": -tensors["audio"].abs() - 4}
+    hold(tensors, fast=KERNEL, scores=(tensors["visual"].double() @ tensors["audio"].double().mT).abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("frozen", "fusion"),
+    [pytest.param(names, f, id=f"{key}-{f}") for key, (names, fusions) in FROZEN.items() for f in fusions],
+)
+def test_kernel_frozen_inputs_change_nothing_else(kernels, fusion, frozen):
+    hold(problem(2, 30, 21, 16), fast=partial(KERNEL, fusion=fusion), fusion=fusion, frozen=frozen)
+
+
+@each_fusion
+def test_kernel_autocast(kernels, fusion):
+    # float16: the interpreter truncates where a GPU rounds to bfloat16.
+    hold(problem(2, 49, 40, 24), fast=partial(KERNEL, fusion=fusion), fusion=fusion, autocast=torch.float16)
+
+
+@each_fusion
+def test_kernel_compiled(kernels, fusion):
+    fast = partial(KERNEL, fusion=fusion)
+    hold_one = partial(hold, fusion=fusion)
+    check_compiled(fast, hold_one, lambda batch: problem(batch, 20, 13, 8), batched=["visual", "audio"])
+
+
+def test_kernel_saves_no_scores(kernels):
+    """Hidden tokens, what they heard, and two log-sum-exps: nothing of n x m."""
+    tensors = {name: x.requires_grad_() for name, x in problem(2, 90, 70, 4).items()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        KERNEL(**tensors)
+    assert sorted(saved) == [1, 1, 2 * 70, 2 * 90, *[4 * 2 * 70] * 2, *[4 * 2 * 90] * 2]
+
+
+def test_kernel_repeats_bit_equal(kernels):
+    tensors = problem(2, 70, 50, 24)
+    first = evaluate(KERNEL, tensors)
+    for _ in range(3):
+        assert all(torch.equal(x, first[name]) for name, x in evaluate(KERNEL, tensors).items())
+
+
+@pytest.mark.parametrize("fusion", ["both", "a2v", "v2a"])
+def test_kernel_as_pytorch_sees_it(kernels, fusion):
+    """Schema, fake and dispatch keys of the registered operators."""
+    tensors = list(problem(2, 20, 13, 8).values())
+    operators = torch.ops.stgcma_fast
+    torch.library.opcheck(operators.cross_modal_fwd.default, (*tensors, fusion, torch.float32))
+    _, _, *kept = operators.cross_modal_fwd(*tensors, fusion, torch.float32)
+    for needed in (True, False):
+        torch.library.opcheck(operators.cross_modal_bwd.default, (*tensors[:2], *tensors, *kept, fusion, needed))
+
+
+def test_kernel_refuses_wide_hidden_tokens(kernels):
+    with pytest.raises(NotImplementedError, match="hidden tokens of at most 128 channels, got 129"):
+        KERNEL(**problem(1, 5, 5, 129))
