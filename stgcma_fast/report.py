@@ -6,7 +6,6 @@ import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
-from typing import get_args
 
 import torch
 from rich.console import Console
@@ -14,7 +13,8 @@ from rich.table import Table
 
 from . import __version__
 from .ops import linear
-from .ops.dispatch import REGISTRY, Impl, refusals, select
+from .ops.dispatch import OLDEST_GPU, REGISTRY, refusals, select
+from .ops.spatial_attention import BACKENDS, backend_refusals
 
 
 def _installed(*distributions: str) -> str | None:
@@ -43,7 +43,7 @@ def versions() -> dict[str, str | None]:
 def device_name(device: str) -> str:
     """The model of the processor ("cpu") or of the GPU and its driver ("cuda")."""
     if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, driver {_driver() or 'unknown'}"
+        return f"{torch.cuda.get_device_name()}, driver {driver() or 'unknown'}"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -52,7 +52,8 @@ def device_name(device: str) -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _driver() -> str | None:
+def driver() -> str | None:
+    """Version of the NVIDIA driver; None where there is none."""
     try:
         query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         return subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
@@ -60,19 +61,45 @@ def _driver() -> str | None:
         return None
 
 
-def operators() -> list[tuple[str, str, str]]:
-    """For each operator: its name, the implementation that "auto" takes here, and why not the others."""
+def _triton_refusals(op: str) -> list[str]:
+    """Why "auto" does not take Triton on CUDA here, whatever the arguments."""
+    reasons = refusals(op, "triton")
+    if not torch.cuda.is_available():
+        return [*reasons, "its kernels need a CUDA device, and PyTorch finds none"]
+    gpu = torch.cuda.get_device_properties(0)
+    if (gpu.major, gpu.minor) < OLDEST_GPU:
+        reasons.append(f"its kernels need compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]}, got {gpu.major}.{gpu.minor}")
+    return reasons
+
+
+def operators() -> list[tuple[str, str, str, str]]:
+    """For each operator: its name, what "auto" takes here on the CPU and on CUDA, and why not the others."""
     rows = []
-    for op in sorted(REGISTRY):
-        chosen = select(op, "auto")
-        serving = next(name for name, function in REGISTRY[op].items() if function is chosen)
-        others = [name for name in get_args(Impl) if name not in ("auto", serving)]
-        why = (f"{name}: {'; '.join(refusals(op, name)) or 'can serve, but only if asked for'}" for name in others)
-        rows.append((op, serving, "\n".join(why)))
     probe = torch.zeros(1, 1)
+    cuda = torch.cuda.is_available()
+    for op in sorted(REGISTRY):
+        chosen = select(op, "auto", probe)
+        on_cpu = next(name for name, implementation in REGISTRY[op].items() if implementation.function is chosen)
+        reasons = _triton_refusals(op)
+        why = [f"triton: {'; '.join(reasons) or 'on the CPU its kernels run in tests alone'}"]
+        others = [name for name in ("torch", "reference") if name != on_cpu]
+        why.extend(f"{name}: {'; '.join(refusals(op, name)) or 'can serve, but only if asked for'}" for name in others)
+        if op == "spatial_attention":
+            why.append("all three are attention of libraries; these can be asked for by name:")
+            why.extend(f"  {name}: {'; '.join(backend_refusals(name)) or 'can serve'}" for name in BACKENDS)
+        on_cuda = "torch" if reasons else "triton"
+        rows.append((op, on_cpu, on_cuda if cuda else "no device", "\n".join(why)))
     onednn = linear.served_by_onednn(probe, probe)
     why = "MKL: slower where it was measured, on an AMD processor" if onednn else "oneDNN: this build of PyTorch lacks it"
-    return [*rows, ("frozen linear layers,\nfloat32 on the CPU", "oneDNN" if onednn else "MKL", why)]
+    return [
+        *rows,
+        (
+            "frozen linear layers,\nfloat32",
+            "oneDNN" if onednn else "MKL",
+            "cuBLAS" if cuda else "no device",
+            f"on the CPU {why}",
+        ),
+    ]
 
 
 def main() -> int:
@@ -91,7 +118,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         table.add_row("cuda", "PyTorch finds no device")
     console.print(table)
-    table = Table("operator", "served by", "why not the others", show_lines=True)
+    table = Table("operator", "CPU", "CUDA", "why not the others", show_lines=True)
     for row in operators():
         table.add_row(*row)
     console.print(table)

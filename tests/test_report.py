@@ -2,18 +2,55 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
 
 from stgcma_fast import report
+from stgcma_fast.ops import dispatch
 from stgcma_fast.ops.dispatch import REGISTRY
+from stgcma_fast.ops.spatial_attention import BACKENDS, backend_refusals
+
+
+def lines():
+    return {name: row for name, *row in report.operators()}
 
 
 def test_every_operator_has_a_line_and_reasons():
-    lines = {name: (serving, why) for name, serving, why in report.operators()}
-    assert REGISTRY.keys() < lines.keys()
+    assert REGISTRY.keys() < lines().keys()
     for op in REGISTRY:
-        serving, why = lines[op]
-        assert serving in REGISTRY[op]
-        assert all(name in why for name in {"triton", "torch", "reference"} - {serving})
+        on_cpu, on_cuda, why = lines()[op]
+        assert on_cpu == "torch"
+        assert on_cuda == ("triton" if torch.cuda.is_available() else "no device")
+        assert "triton: " in why
+        assert "reference: can serve, but only if asked for" in why
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_triton", "taken", "reason"),
+    [
+        ((9, 0), True, "triton", "triton: on the CPU its kernels run in tests alone"),
+        ((7, 5), True, "torch", "triton: its kernels need compute capability 8.0, got 7.5"),
+        ((9, 0), False, "torch", "triton: triton is not installed"),
+    ],
+    ids=["hopper", "turing", "no-triton"],
+)
+def test_machines_with_a_gpu(monkeypatch, capability, has_triton, taken, reason):
+    major, minor = capability
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major, minor=minor))
+    monkeypatch.setattr(dispatch, "HAS_TRITON", has_triton)
+    for op in REGISTRY:
+        on_cpu, on_cuda, why = lines()[op]
+        assert (on_cpu, on_cuda) == ("torch", taken)
+        assert why.startswith(reason)
+
+
+def test_every_attention_backend_has_its_reasons():
+    _, _, why = lines()["spatial_attention"]
+    for name in BACKENDS:
+        assert f"{name}: {'; '.join(backend_refusals(name)) or 'can serve'}" in why
 
 
 def test_versions_name_what_is_missing(monkeypatch, capsys):

@@ -5,6 +5,7 @@ from ..reference.windows import WindowGrid
 from .adapter import adapter
 from .av_adapter import av_adapter
 from .cross_modal import cross_modal_attention
+from .gelu import gelu
 from .layer_norm import layer_norm
 from .spatial_attention import spatial_attention
 from .temporal_attention import temporal_attention
@@ -16,6 +17,7 @@ __all__ = [
     "adapter",
     "av_adapter",
     "cross_modal_attention",
+    "gelu",
     "layer_norm",
     "spatial_attention",
     "temporal_attention",

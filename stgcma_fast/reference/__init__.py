@@ -3,6 +3,7 @@
 from .adapter import AdapterParams, adapter
 from .av_adapter import av_adapter
 from .cross_modal import cross_modal_attention
+from .gelu import gelu
 from .layer_norm import layer_norm
 from .model import ReferenceSTGCMA
 from .spatial_attention import spatial_attention
@@ -17,6 +18,7 @@ __all__ = [
     "adapter",
     "av_adapter",
     "cross_modal_attention",
+    "gelu",
     "layer_norm",
     "spatial_attention",
     "temporal_attention",
