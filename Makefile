@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: venv bench test test-slow lint test-gpu bench-gpu
+.PHONY: venv bench resources test test-slow lint test-gpu bench-gpu tune
 
 venv: .venv/.installed
 
@@ -13,6 +13,9 @@ venv: .venv/.installed
 
 bench: venv
 	$(BIN)/python benchmarks/throughput.py --arch swin_l
+
+resources: venv
+	env -u TRITON_INTERPRET $(BIN)/python benchmarks/resources.py
 
 test: venv
 	$(BIN)/python -m pytest
@@ -29,3 +32,6 @@ test-gpu: venv
 
 bench-gpu: venv
 	$(BIN)/python benchmarks/throughput.py --arch swin_l --device cuda --json benchmarks/results/throughput_swin_l.json
+
+tune: venv
+	env -u TRITON_INTERPRET $(BIN)/python benchmarks/tune.py

@@ -390,8 +390,7 @@ class Race:
         """
         # The float32 reference is the yardstick: no convolution may round its operands to TF32.
         torch.backends.cudnn.allow_tf32 = False
-        columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.console) as progress:
+        with progress_bar(self.console) as progress:
             task = progress.add_task("build", total=len({"reference", *self.impls}))
             contenders: list[Contender] = []
             for name in ("reference", *(name for name in self.impls if name != "reference")):
@@ -484,6 +483,27 @@ def commit() -> str | None:
         return None
 
 
+def origin(device: str) -> dict[str, Any]:
+    """Where and when something was measured, for its JSON."""
+    return {
+        "versions": report.versions() | {"device": report.device_name(device)},
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def progress_bar(console: Console) -> Progress:
+    """Description, bar, count and time of each task."""
+    columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+def check_folder(p: ArgumentParser, file: str | None) -> None:
+    """End the command before any work is done if there is no folder for its ``--json`` file."""
+    if file is not None and not Path(file).absolute().parent.is_dir():
+        p.error(f"--json: there is no folder {Path(file).absolute().parent}")
+
+
 def parser() -> ArgumentParser:
     """The command line."""
     p = ArgumentParser(prog="throughput.py", description=__doc__)
@@ -521,8 +541,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
     p = parser()
     args = p.parse_args(argv)
-    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
-        p.error(f"--json: there is no folder {Path(args.json).absolute().parent}")
+    check_folder(p, args.json)
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: PyTorch finds no CUDA device here")
@@ -544,12 +563,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DisagreementError as error:
         console.print(f"no speed is reported, an implementation disagrees with the reference: {error}", style="bold red")
         return 1
-    origin = {
-        "versions": report.versions() | {"device": report.device_name(device)},
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-    rows = [row | labels | origin for row in measured]
+    source = origin(device)
+    rows = [row | labels | source for row in measured]
     title = f"{args.arch} {args.adapters}, {args.task}, batch {args.batch_size}, {dtype} on {device}"
     print_table(rows, title, console)
     if args.json is not None:

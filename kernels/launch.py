@@ -66,7 +66,8 @@ def run(
     if _State.launches is not None:
         blocks = grid({**constants, **config})
         _State.launches.append(Launch(kernel, args, constants, config, candidates, blocks, key))
-        return
+        if _State.capability is not None:
+            return
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
         kernel[grid({**constants, **config})](*args, **constants, **config)
 
@@ -130,8 +131,8 @@ def split_rank(rank: int) -> dict[str, int]:
 
 
 @contextmanager
-def record(compute_capability: tuple[int, int]) -> Iterator[list[Launch]]:
-    """Collect launches instead of running them, as if for a GPU of this compute capability."""
+def record(compute_capability: tuple[int, int] | None) -> Iterator[list[Launch]]:
+    """Collect launches instead of running them, as if for a GPU of this compute capability; with None, collect and run them."""
     _State.launches, _State.capability = [], compute_capability
     try:
         yield _State.launches

@@ -17,6 +17,8 @@ def checkout(tmp_path_factory):
     copy = tmp_path_factory.mktemp("checkout")
     names = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "kernels", "stgcma_fast"]
     subprocess.run(["cp", "-a", *(str(ROOT / name) for name in names), str(copy)], check=True)
+    (copy / "kernels" / "configs").mkdir(exist_ok=True)
+    (copy / "kernels" / "configs" / "some_gpu.json").write_text("{}")
     return copy
 
 
@@ -32,7 +34,7 @@ def test_wheel(checkout, tmp_path):
     with zipfile.ZipFile(_build(checkout, "wheel")) as wheel:
         names = wheel.namelist()
         wheel.extractall(tmp_path)
-    assert "stgcma_fast/kernels/__init__.py" in names
+    assert {"stgcma_fast/kernels/__init__.py", "stgcma_fast/kernels/configs/some_gpu.json"} <= set(names)
     assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in names)
     code = "import stgcma_fast, stgcma_fast.kernels as k; print(stgcma_fast.__file__, k.__name__)"
     environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
@@ -45,4 +47,5 @@ def test_wheel(checkout, tmp_path):
 def test_sdist(checkout):
     with tarfile.open(_build(checkout, "sdist")) as sdist:
         names = {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}
-    assert {"stgcma_fast/kernels/__init__.py", "stgcma_fast/model.py", "setup.py", "LICENSE"} <= names
+    kernels = {f"stgcma_fast/kernels/{name}" for name in ("__init__.py", "configs/some_gpu.json")}
+    assert {*kernels, "stgcma_fast/model.py", "setup.py", "LICENSE"} <= names

@@ -1,0 +1,241 @@
+"""The operators at the shapes the models give them: one clip, every stage of the four architectures.
+
+T frames of a clip, S tokens of a frame, D channels, h heads, r adapter width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stgcma_fast import ops
+from stgcma_fast.config import BACKBONES, SwinConfig, preset
+from stgcma_fast.ops.layer_norm import packed_layer_norm
+from stgcma_fast.reference.windows import shift_mask
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+# From sizes to a tensor: `grad` for what is trained or carries gradients on, `std` for weights.
+Make = Callable[..., Tensor]
+
+
+class Case(NamedTuple):
+    """A call of an operator in the model."""
+
+    op: str
+    label: str
+    function: Callable[..., Any]
+    arguments: Callable[[Make], Arguments]
+
+    def build(self, dtype: torch.dtype, device: str) -> Arguments:
+        """Arguments whose memory nobody has written: shapes, strides and `requires_grad` are the model's."""
+
+        def make(*sizes: int, grad: bool = True, std: float = 1.0) -> Tensor:
+            return torch.empty(sizes, dtype=dtype, device=device, requires_grad=grad)
+
+        return self.arguments(make)
+
+    def fill(self, dtype: torch.dtype, device: str) -> Arguments:
+        """The same with normal values."""
+
+        def make(*sizes: int, grad: bool = True, std: float = 1.0) -> Tensor:
+            return (std * torch.randn(sizes, device=device)).to(dtype).requires_grad_(grad)
+
+        return self.arguments(make)
+
+
+def tensors(arguments: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dictionaries."""
+    if isinstance(arguments, Tensor):
+        yield arguments
+    elif isinstance(arguments, list | tuple | dict):
+        for part in arguments.values() if isinstance(arguments, dict) else arguments:
+            yield from tensors(part)
+
+
+class Stage(NamedTuple):
+    """The sizes of a stage of an architecture with base adapters; ``side`` and ``window`` are Swin's."""
+
+    label: str
+    frames: int
+    visual: int
+    audio: int
+    dim: int
+    heads: int
+    rank: int
+    side: int = 0
+    window: int = 0
+
+    @property
+    def streams(self) -> list[tuple[str, int]]:
+        """Label and tokens of every stream that differs from the others in its tokens."""
+        if self.visual == self.audio:
+            return [(self.label, self.visual)]
+        return [(f"{self.label} visual", self.visual), (f"{self.label} audio", self.audio)]
+
+    @property
+    def shifts(self) -> tuple[int, ...]:
+        """Shifts of the windows of even and odd blocks."""
+        return (0, self.window // 2) if self.side > self.window else (0,)
+
+
+def _stages() -> Iterator[Stage]:
+    for name, backbone in BACKBONES.items():
+        config = preset(name, "base")
+        if isinstance(backbone, SwinConfig):
+            for i in range(backbone.stages):
+                side = backbone.resolution(i)
+                sizes = config.num_frames, side**2, side**2, backbone.width(i), backbone.num_heads[i], config.adapter_width(i)
+                yield Stage(f"{name} stage {i + 1}", *sizes, side, backbone.window)
+        else:
+            tokens = backbone.visual_tokens, backbone.audio_tokens
+            yield Stage(name, config.num_frames, *tokens, backbone.embed_dim, backbone.heads, config.adapter_width())
+
+
+STAGES = [*_stages()]
+
+
+def _norms() -> Iterator[Case]:
+    def case(label: str, leading: tuple[int, ...], dim: int) -> Case:
+        def arguments(make: Make) -> Arguments:
+            return (make(*leading, dim), make(dim, grad=False), make(dim, grad=False), 1e-5), {}
+
+        return Case("layer_norm", label, ops.layer_norm, arguments)
+
+    def packed(stage: Stage) -> Case:
+        def arguments(make: Make) -> Arguments:
+            streams = [make(1, stage.frames, tokens, stage.dim) for tokens in (stage.visual, stage.audio)]
+            return (streams, make(stage.dim, grad=False), make(stage.dim, grad=False), 1e-5), {}
+
+        return Case("layer_norm", f"{stage.label} both streams", packed_layer_norm, arguments)
+
+    def class_token(stage: Stage) -> Case:
+        def arguments(make: Make) -> Arguments:
+            tokens = make(1, stage.frames, stage.visual, stage.dim)
+            return (tokens[:, :, 0], make(stage.dim, grad=False), make(stage.dim, grad=False), 1e-5), {}
+
+        return Case("layer_norm", f"{stage.label} class token", ops.layer_norm, arguments)
+
+    for stage in STAGES:
+        for label, tokens in stage.streams:
+            yield case(label, (1, stage.frames, tokens), stage.dim)
+        yield packed(stage)
+        if not stage.side:
+            yield class_token(stage)
+        elif stage.side > stage.window:
+            yield case(f"{stage.label} merging", (1, stage.frames, stage.visual // 4), 4 * stage.dim)
+
+
+def _temporal() -> Iterator[Case]:
+    def case(label: str, stage: Stage, tokens: int) -> Case:
+        def arguments(make: Make) -> Arguments:
+            head = stage.dim // stage.heads
+            bias = make(stage.heads, stage.frames, stage.frames) if stage.side else None
+            return (make(1, stage.frames, tokens, 3, stage.heads, head), bias), {"scale": head**-0.5}
+
+        return Case("temporal_attention", label, ops.temporal_attention, arguments)
+
+    for stage in STAGES:
+        for label, tokens in stage.streams:
+            yield case(label, stage, tokens)
+
+
+def _spatial() -> Iterator[Case]:
+    def case(label: str, stage: Stage, tokens: int) -> Case:
+        def arguments(make: Make) -> Arguments:
+            head = stage.dim // stage.heads
+            return (make(stage.frames, tokens, 3, stage.heads, head),), {"scale": head**-0.5}
+
+        return Case("spatial_attention", label, ops.spatial_attention, arguments)
+
+    for stage in STAGES:
+        for label, tokens in stage.streams if not stage.side else ():
+            yield case(label, stage, tokens)
+
+
+def _windows() -> Iterator[Case]:
+    def case(stage: Stage, shift: int) -> Case:
+        def arguments(make: Make) -> Arguments:
+            head, length, side = stage.dim // stage.heads, stage.window**2, stage.side
+            qkv = make(stage.frames, side, side, 3, stage.heads, head)
+            mask = shift_mask(side, side, stage.window, shift).to(qkv.device) if shift else None
+            options = {"window": stage.window, "shift": shift, "scale": head**-0.5, "mask": mask}
+            return (qkv, make(stage.heads, length, length, grad=False)), options
+
+        label = f"{stage.label} shift {shift}"
+        return Case("window_attention", label, ops.window_attention, arguments)
+
+    # No preset has windows of 12: these are the largest that published Swin transformers use.
+    stress = Stage("window 12", 10, 24**2, 24**2, 768, 24, 96, 24, 12)
+    for stage in [*STAGES, stress]:
+        for shift in stage.shifts if stage.side else ():
+            yield case(stage, shift)
+
+
+def _params(make: Make, stage: Stage) -> ops.AdapterParams:
+    dim, rank = stage.dim, stage.rank
+    return ops.AdapterParams(make(rank, dim, std=dim**-0.5), make(rank), make(dim, rank, std=rank**-0.5), make(dim))
+
+
+def _adapters() -> Iterator[Case]:
+    def case(label: str, stage: Stage, tokens: int, residual: bool) -> Case:
+        def arguments(make: Make) -> Arguments:
+            x, y = (make(1, stage.frames, tokens, stage.dim) for _ in range(2))
+            return (x, _params(make, stage), y if residual else None), {}
+
+        return Case("adapter", label if residual else f"{label} no residual", ops.adapter, arguments)
+
+    for stage in STAGES:
+        for label, tokens in stage.streams:
+            # Stochastic depth scales what the adapter adds, so then the residual is added behind it.
+            yield case(label, stage, tokens, True)
+            yield case(label, stage, tokens, False)
+
+
+def _cross_modal() -> Iterator[Case]:
+    def case(label: str, stage: Stage, groups: int, visual: int, audio: int) -> Case:
+        def arguments(make: Make) -> Arguments:
+            return (make(groups, visual, stage.rank), make(groups, audio, stage.rank), make(1), make(1)), {}
+
+        return Case("cross_modal_attention", label, ops.cross_modal_attention, arguments)
+
+    for stage in STAGES:
+        yield case(stage.label, stage, stage.frames, stage.visual, stage.audio)
+        if stage.side:
+            length = stage.window**2
+            yield case(f"{stage.label} windows", stage, stage.frames * stage.visual // length, length, length)
+
+
+def _av_adapters() -> Iterator[Case]:
+    def case(label: str, stage: Stage, window: ops.WindowGrid | None) -> Case:
+        def arguments(make: Make) -> Arguments:
+            visual, visual_residual = (make(stage.frames, stage.visual, stage.dim) for _ in range(2))
+            audio, audio_residual = (make(stage.frames, stage.audio, stage.dim) for _ in range(2))
+            options = {"residual_visual": visual_residual, "residual_audio": audio_residual, "window": window}
+            return (visual, audio, _params(make, stage), _params(make, stage), make(1), make(1)), options
+
+        return Case("av_adapter", label, ops.av_adapter, arguments)
+
+    for stage in STAGES:
+        yield case(stage.label, stage, None)
+        for shift in stage.shifts if stage.side else ():
+            grid = ops.WindowGrid(stage.side, stage.side, stage.window, shift)
+            yield case(f"{stage.label} windows shift {shift}", stage, grid)
+
+
+def _gelus() -> Iterator[Case]:
+    def case(stage: Stage) -> Case:
+        def arguments(make: Make) -> Arguments:
+            return (make(stage.frames * (stage.visual + stage.audio), 4 * stage.dim),), {"quick": not stage.side}
+
+        return Case("gelu", f"{stage.label} both streams", ops.gelu, arguments)
+
+    for stage in STAGES:
+        yield case(stage)
+
+
+CASES: list[Case] = [
+    case for cases in (_norms, _temporal, _spatial, _windows, _adapters, _cross_modal, _av_adapters, _gelus) for case in cases()
+]
