@@ -29,8 +29,8 @@ from .primitives import (
 
 @triton.jit
 def preactivation(
-    x, stride_x, o_n, m_n, down_weight, down_bias, D: tl.constexpr, R: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr,
-    BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    x, stride_x, o_n, m_n, down_weight, down_bias, D, R: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, BLOCK_D:
+    tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``x W_d^T + b_d`` for rows ``o_n``, as two float32 tiles."""
     z_a, z_b = to_rank(x, stride_x, o_n, m_n, down_weight, D, 1, D, R, RA, RB, BLOCK_D, DTYPE, PRECISION)
@@ -43,9 +43,8 @@ def preactivation(
 
 @triton.jit
 def expand(
-    h_a, h_b, o_n, m_n, up_weight, up_bias, x, stride_x, residual, stride_r, out, D: tl.constexpr, R: tl.constexpr, RA:
-    tl.constexpr, RB: tl.constexpr, ADD_X: tl.constexpr, ADD_RESIDUAL: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION:
-    tl.constexpr,
+    h_a, h_b, o_n, m_n, up_weight, up_bias, x, stride_x, residual, stride_r, out, D, R: tl.constexpr, RA: tl.constexpr, RB:
+    tl.constexpr, ADD_X: tl.constexpr, ADD_RESIDUAL: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write rows ``o_n`` of ``h W_u^T + b_u``, plus x and the residual where they are to be added."""
     for start in range(0, D, BLOCK_D):
@@ -73,7 +72,7 @@ def _adapter_fwd_tile(
     out,  # [N, D]
     rows,
     tile,
-    D: tl.constexpr,
+    D,
     R: tl.constexpr,
     RA: tl.constexpr,
     RB: tl.constexpr,
@@ -93,12 +92,12 @@ def _adapter_fwd_tile(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows0", "rows1"])
 def _adapter_fwd_kernel(
     x0, x1, stride_x0, stride_x1, residual0, residual1, stride_r0, stride_r1, down_weight0, down_weight1, down_bias0,
-    down_bias1, up_weight0, up_weight1, up_bias0, up_bias1, out0, out1, rows0, rows1, D: tl.constexpr, R: tl.constexpr, RA:
-    tl.constexpr, RB: tl.constexpr, STREAMS: tl.constexpr, ADD_RESIDUAL: tl.constexpr, DTYPE: tl.constexpr, PRECISION:
-    tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    down_bias1, up_weight0, up_weight1, up_bias0, up_bias1, out0, out1, rows0, rows1, D, R: tl.constexpr, RA: tl.constexpr, RB:
+    tl.constexpr, STREAMS: tl.constexpr, ADD_RESIDUAL: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N:
+    tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     tiles0 = tl.cdiv(rows0, BLOCK_N)
@@ -129,7 +128,7 @@ def _adapter_bwd_tile(
     dx,  # [N, D], written where NEEDS_X
     rows,
     tile,
-    D: tl.constexpr,
+    D,
     R: tl.constexpr,
     RA: tl.constexpr,
     RB: tl.constexpr,
@@ -164,12 +163,12 @@ def _adapter_bwd_tile(
             tl.store(dx + o_n[:, None] * D + o_d[None, :], acc.to(dx.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows0", "rows1"])
 def _adapter_bwd_kernel(
     grad0, grad1, stride_g0, stride_g1, x0, x1, stride_x0, stride_x1, down_weight0, down_weight1, down_bias0, down_bias1,
-    up_weight0, up_weight1, hidden_grad0, hidden_grad1, hidden0, hidden1, dz0, dz1, dx0, dx1, rows0, rows1, D: tl.constexpr, R:
-    tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, STREAMS: tl.constexpr, ACROSS: tl.constexpr, NEEDS_X: tl.constexpr,
-    NEEDS_WEIGHTS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    up_weight0, up_weight1, hidden_grad0, hidden_grad1, hidden0, hidden1, dz0, dz1, dx0, dx1, rows0, rows1, D, R: tl.constexpr,
+    RA: tl.constexpr, RB: tl.constexpr, STREAMS: tl.constexpr, ACROSS: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_WEIGHTS:
+    tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     tiles0 = tl.cdiv(rows0, BLOCK_N)
@@ -195,7 +194,7 @@ def _weight_grad_tile(
     last,
     o_d,
     DOWN: tl.constexpr,
-    D: tl.constexpr,
+    D,
     R: tl.constexpr,
     RA: tl.constexpr,
     RB: tl.constexpr,
@@ -222,14 +221,14 @@ def _weight_grad_tile(
         else:
             bias_wide += tl.sum(b_w.to(tl.float32), 0)
     o_a = tl.arange(0, RA)
-    STRIDE_D: tl.constexpr = 1 if DOWN else R
-    STRIDE_R: tl.constexpr = D if DOWN else 1
+    stride_d = 1 if DOWN else R
+    stride_r: tl.constexpr = D if DOWN else 1
     m_a = o_a < R
-    p_d = out + o_d[:, None] * STRIDE_D
-    tl.store(p_d + o_a[None, :] * STRIDE_R, acc_a, mask=m_d[:, None] & m_a[None, :])
+    p_d = out + o_d[:, None] * stride_d
+    tl.store(p_d + o_a[None, :] * stride_r, acc_a, mask=m_d[:, None] & m_a[None, :])
     if RB > 0:
         o_b = RA + tl.arange(0, RB)
-        tl.store(p_d + o_b[None, :] * STRIDE_R, acc_b, mask=m_d[:, None] & (o_b < R)[None, :])
+        tl.store(p_d + o_b[None, :] * stride_r, acc_b, mask=m_d[:, None] & (o_b < R)[None, :])
     if DOWN:
         # Every block of channels has summed the same narrow rows; the first one writes them.
         leads = tl.program_id(0) == 0
@@ -241,7 +240,7 @@ def _weight_grad_tile(
         tl.store(out + D * R + o_d, bias_wide, mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows0", "rows1"])
 def _adapter_bwd_weight_kernel(
     wide0,  # [N0, D]
     wide1,  # [N1, D]
@@ -253,8 +252,8 @@ def _adapter_bwd_weight_kernel(
     partial1,
     rows0,
     rows1,
+    D,
     DOWN: tl.constexpr,
-    D: tl.constexpr,
     R: tl.constexpr,
     RA: tl.constexpr,
     RB: tl.constexpr,
@@ -264,17 +263,17 @@ def _adapter_bwd_weight_kernel(
 ):
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split, splits = tl.program_id(1), tl.num_programs(1)
-    WIDTH: tl.constexpr = D * R + (R if DOWN else D)
+    width = D * R + (R if DOWN else D)
     if tl.program_id(2) == 0:
         share = tl.cdiv(tl.cdiv(rows0, BLOCK_N), splits) * BLOCK_N
         _weight_grad_tile(
-            wide0, stride_w0, narrow0, partial0 + split * WIDTH, split * share, tl.minimum((split + 1) * share, rows0), o_d,
+            wide0, stride_w0, narrow0, partial0 + split * width, split * share, tl.minimum((split + 1) * share, rows0), o_d,
             DOWN, D, R, RA, RB, PRECISION, BLOCK_N,
         )  # fmt: skip
     else:
         share = tl.cdiv(tl.cdiv(rows1, BLOCK_N), splits) * BLOCK_N
         _weight_grad_tile(
-            wide1, stride_w1, narrow1, partial1 + split * WIDTH, split * share, tl.minimum((split + 1) * share, rows1), o_d,
+            wide1, stride_w1, narrow1, partial1 + split * width, split * share, tl.minimum((split + 1) * share, rows1), o_d,
             DOWN, D, R, RA, RB, PRECISION, BLOCK_N,
         )  # fmt: skip
 
@@ -334,9 +333,8 @@ def adapter_fwd(
         row_grid(xs),
         *(*ends(xs), *strides(xs), *ends(added), *strides(added)),
         *(*ends(down_weights), *ends(down_biases), *ends(up_weights), *ends(up_biases)),
-        *(*ends(outs), len(xs[0]), len(xs[-1])),
+        *(*ends(outs), len(xs[0]), len(xs[-1]), channels),
         candidates=row_candidates(dtype),
-        D=channels,
         **launch.split_rank(rank),
         STREAMS=len(xs),
         ADD_RESIDUAL=bool(residuals),
@@ -397,9 +395,8 @@ def down_bwd(
         *(*ends(down_weights), *ends(down_biases), *ends(up_weights)),
         # A kernel never touches what its flags say it need not; any tensor stands in for it.
         *(*ends(hidden_grads or xs), *ends(hiddens or xs), *ends(dzs or xs), *ends(dxs or xs)),
-        *(len(xs[0]), len(xs[-1])),
+        *(len(xs[0]), len(xs[-1]), channels),
         candidates=row_candidates(dtype),
-        D=channels,
         **launch.split_rank(rank),
         STREAMS=len(xs),
         ACROSS=across,
@@ -438,10 +435,9 @@ def weight_grads(wides: Sequence[Tensor], narrows: Sequence[Tensor], *, down: bo
         _adapter_bwd_weight_kernel,
         lambda config: (triton.cdiv(channels, config["BLOCK_D"]), splits, len(wides)),
         *(*ends(wides), *strides(wides), *ends(narrows), *ends(partials)),
-        *(len(wides[0]), len(wides[-1])),
+        *(len(wides[0]), len(wides[-1]), channels),
         candidates=candidates,
         DOWN=down,
-        D=channels,
         **launch.split_rank(rank),
         PRECISION=launch.precision(narrows[0].dtype),
     )

@@ -28,7 +28,7 @@ def _down_tile(
     hidden,  # [N, R]
     rows,
     tile,
-    D: tl.constexpr,
+    D,
     R: tl.constexpr,
     RA: tl.constexpr,
     RB: tl.constexpr,
@@ -43,7 +43,7 @@ def _down_tile(
     store_split(hidden, o_n, m_n, gelu(z_a), gelu(z_b), R, RA, RB)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows0", "rows1"])
 def _av_adapter_fwd_down_kernel(
     x0, x1, stride_x0, stride_x1, down_weight0, down_weight1, down_bias0, down_bias1, hidden0, hidden1, rows0, rows1, D:
     tl.constexpr, R: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N:
@@ -79,17 +79,17 @@ def _av_adapter_fwd_tile(
     groups,
     tokens,
     other_tokens,
+    height,
+    width,
+    shift,
     tile,
-    D: tl.constexpr,
+    D,
     R: tl.constexpr,
     RA: tl.constexpr,
     RB: tl.constexpr,
     LISTENS: tl.constexpr,
     ADD_RESIDUAL: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
-    SHIFT: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -101,11 +101,11 @@ def _av_adapter_fwd_tile(
     o_t = (tile % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_t < tokens
     for group in range(tile // tiles * GROUPS, tl.minimum((tile // tiles + 1) * GROUPS, groups)):
-        o_n = token_rows(group, o_t, tokens, HEIGHT, WIDTH, SIZE, SHIFT)
+        o_n = token_rows(group, o_t, tokens, height, width, shift, SIZE)
         h_a, h_b = load_split(own, o_n, m_n, R, RA, RB, DTYPE)
         if LISTENS:
             heard_a, heard_b, b_lse = attend(
-                h_a, h_b, other, group, other_tokens, R, RA, RB, HEIGHT, WIDTH, SIZE, SHIFT, DTYPE, PRECISION, BLOCK_N, BLOCK_M
+                h_a, h_b, other, group, other_tokens, height, width, shift, R, RA, RB, SIZE, DTYPE, PRECISION, BLOCK_N, BLOCK_M
             )  # fmt: skip
             store_split(heard, o_n, m_n, heard_a, heard_b, R, RA, RB)
             tl.store(lse + o_n, b_lse, mask=m_n)
@@ -118,27 +118,26 @@ def _av_adapter_fwd_tile(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "tokens0", "tokens1", "height", "width", "shift"])
 def _av_adapter_fwd_kernel(
     hidden0, hidden1, gate0, gate1, x0, x1, stride_x0, stride_x1, residual0, residual1, stride_r0, stride_r1, up_weight0,
-    up_weight1, up_bias0, up_bias1, out0, out1, heard0, heard1, lse0, lse1, groups, tokens0, tokens1, D: tl.constexpr, R:
-    tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, LISTENS0: tl.constexpr, LISTENS1: tl.constexpr, ADD_RESIDUAL0:
-    tl.constexpr, ADD_RESIDUAL1: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, SHIFT:
-    tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D:
-    tl.constexpr, GROUPS: tl.constexpr,
+    up_weight1, up_bias0, up_bias1, out0, out1, heard0, heard1, lse0, lse1, groups, tokens0, tokens1, height, width, shift, D,
+    R: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, LISTENS0: tl.constexpr, LISTENS1: tl.constexpr, ADD_RESIDUAL0:
+    tl.constexpr, ADD_RESIDUAL1: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N:
+    tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     first = tl.cdiv(groups, GROUPS) * tl.cdiv(tokens0, BLOCK_N)
     if tile < first:
         _av_adapter_fwd_tile(
             hidden0, hidden1, gate0, x0, stride_x0, residual0, stride_r0, up_weight0, up_bias0, out0, heard0, lse0, groups,
-            tokens0, tokens1, tile, D, R, RA, RB, LISTENS0, ADD_RESIDUAL0, HEIGHT, WIDTH, SIZE, SHIFT, DTYPE, PRECISION,
+            tokens0, tokens1, height, width, shift, tile, D, R, RA, RB, LISTENS0, ADD_RESIDUAL0, SIZE, DTYPE, PRECISION,
             BLOCK_N, BLOCK_M, BLOCK_D, GROUPS,
         )  # fmt: skip
     else:
         _av_adapter_fwd_tile(
             hidden1, hidden0, gate1, x1, stride_x1, residual1, stride_r1, up_weight1, up_bias1, out1, heard1, lse1, groups,
-            tokens1, tokens0, tile - first, D, R, RA, RB, LISTENS1, ADD_RESIDUAL1, HEIGHT, WIDTH, SIZE, SHIFT, DTYPE, PRECISION,
+            tokens1, tokens0, height, width, shift, tile - first, D, R, RA, RB, LISTENS1, ADD_RESIDUAL1, SIZE, DTYPE, PRECISION,
             BLOCK_N, BLOCK_M, BLOCK_D, GROUPS,
         )  # fmt: skip
 
@@ -156,7 +155,7 @@ def _up_bwd_tile(
     delta,  # [N], written where LISTENS
     rows,
     tile,
-    D: tl.constexpr,
+    D,
     R: tl.constexpr,
     RA: tl.constexpr,
     RB: tl.constexpr,
@@ -186,12 +185,12 @@ def _up_bwd_tile(
         store_split(exchanged, o_n, m_n, h_a, h_b, R, RA, RB)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows0", "rows1"])
 def _av_adapter_bwd_up_kernel(
     grad0, grad1, stride_g0, stride_g1, up_weight0, up_weight1, hidden0, hidden1, heard0, heard1, gate0, gate1, d_exchanged0,
-    d_exchanged1, exchanged0, exchanged1, delta0, delta1, rows0, rows1, D: tl.constexpr, R: tl.constexpr, RA: tl.constexpr, RB:
-    tl.constexpr, LISTENS0: tl.constexpr, LISTENS1: tl.constexpr, NEEDS_WEIGHTS: tl.constexpr, DTYPE: tl.constexpr, PRECISION:
-    tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    d_exchanged1, exchanged0, exchanged1, delta0, delta1, rows0, rows1, D, R: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr,
+    LISTENS0: tl.constexpr, LISTENS1: tl.constexpr, NEEDS_WEIGHTS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     tiles0 = tl.cdiv(rows0, BLOCK_N)
@@ -246,7 +245,6 @@ def av_adapter_fwd(
     heards = [h.new_empty(h.shape if listen else 0) for h, listen in zip(hiddens, listens, strict=True)]
     lses = [h.new_empty(h.shape[:2] if listen else 0, dtype=torch.float32) for h, listen in zip(hiddens, listens, strict=True)]
     constants = {
-        "D": channels,
         **launch.split_rank(rank),
         "DTYPE": launch.triton_dtype(dtype),
         "PRECISION": launch.precision(dtype),
@@ -254,7 +252,8 @@ def av_adapter_fwd(
     launch.run(
         _av_adapter_fwd_down_kernel,
         row_grid(rows),
-        *(*ends(rows), *strides(rows), *ends(down_weights), *ends(down_biases), *ends(hiddens), len(rows[0]), len(rows[1])),
+        *(*ends(rows), *strides(rows), *ends(down_weights), *ends(down_biases), *ends(hiddens)),
+        *(len(rows[0]), len(rows[1]), channels),
         candidates=row_candidates(dtype),
         **constants,
     )
@@ -267,6 +266,7 @@ def av_adapter_fwd(
         ),
         *(*ends(hiddens), *ends(gates), *ends(rows), *strides(rows), *ends(added), *strides(added)),
         *(*ends(up_weights), *ends(up_biases), *ends(outs), *ends(heards), *ends(lses), groups, n, m),
+        *(height, width, shift, channels),
         candidates=[
             {**c, "BLOCK_D": 32 if dtype == torch.float32 else 64, "GROUPS": together}
             for c in tile_candidates(hiddens[0], max(n, m), backward=False)
@@ -276,10 +276,7 @@ def av_adapter_fwd(
         LISTENS1=listens[1],
         ADD_RESIDUAL0=residuals[0] is not None,
         ADD_RESIDUAL1=residuals[1] is not None,
-        HEIGHT=height,
-        WIDTH=width,
         SIZE=size,
-        SHIFT=shift,
     )
     return outs, hiddens, heards, lses
 
@@ -316,9 +313,8 @@ def av_adapter_bwd(
         _av_adapter_bwd_up_kernel,
         row_grid(rows),
         *(*ends(grads), *strides(grads), *ends(up_weights), *ends(hiddens), *ends(heards), *ends(gates)),
-        *(*ends(d_hiddens), *ends(exchanged or d_hiddens), *ends(deltas), len(rows[0]), len(rows[1])),
+        *(*ends(d_hiddens), *ends(exchanged or d_hiddens), *ends(deltas), len(rows[0]), len(rows[1]), channels),
         candidates=row_candidates(dtype),
-        D=channels,
         **launch.split_rank(rank),
         LISTENS0=listens[0],
         LISTENS1=listens[1],

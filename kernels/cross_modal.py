@@ -21,18 +21,18 @@ from .primitives import dot_ranks, dot_split, load_split, store_split, zeros_spl
 
 @triton.jit
 def token_rows(
-    group, o_t, tokens, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, SHIFT: tl.constexpr
+    group, o_t, tokens, height, width, shift, SIZE: tl.constexpr
 ):  # fmt: skip
-    """Rows in memory of the tokens ``o_t`` of a group: of a frame (SIZE 0), or of a window after the cyclic roll by -SHIFT."""
+    """Rows in memory of the tokens ``o_t`` of a group: of a frame (SIZE 0), or of a window after the cyclic roll by -shift."""
     if SIZE == 0:
         rows = group * tokens + o_t
     else:
-        ACROSS: tl.constexpr = WIDTH // SIZE
-        WINDOWS: tl.constexpr = (HEIGHT // SIZE) * ACROSS
-        window = group % WINDOWS
-        y = (window // ACROSS * SIZE + o_t // SIZE + SHIFT) % HEIGHT
-        x = (window % ACROSS * SIZE + o_t % SIZE + SHIFT) % WIDTH
-        rows = group // WINDOWS * (HEIGHT * WIDTH) + y * WIDTH + x
+        across = width // SIZE
+        windows = (height // SIZE) * across
+        window = group % windows
+        y = (window // across * SIZE + o_t // SIZE + shift) % height
+        x = (window % across * SIZE + o_t % SIZE + shift) % width
+        rows = group // windows * (height * width) + y * width + x
     # Rows fit into 32 bits; rows times their width may not.
     return rows.to(tl.int64)
 
@@ -44,13 +44,13 @@ def attend(
     other,  # [G * m, R]
     group,
     tokens,
+    height,
+    width,
+    shift,
     R: tl.constexpr,
     RA: tl.constexpr,
     RB: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
-    SHIFT: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -64,7 +64,7 @@ def attend(
     for start in range(0, tokens, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
         m_m = o_m < tokens
-        rows = token_rows(group, o_m, tokens, HEIGHT, WIDTH, SIZE, SHIFT)
+        rows = token_rows(group, o_m, tokens, height, width, shift, SIZE)
         k_a, k_b = load_split(other, rows, m_m, R, RA, RB, DTYPE)
         scores = dot_ranks(own_a, own_b, k_a, k_b, RB, PRECISION) * LOG2E
         scores = tl.where(m_m[None, :], scores, float("-inf"))
@@ -109,7 +109,7 @@ def _cross_modal_fwd_tile(
     o_n = token_rows(group, o_t, tokens, 0, 0, 0, 0)
     own_a, own_b = load_split(own, o_n, m_n, R, RA, RB, tl.float32)
     heard_a, heard_b, b_lse = attend(
-        own_a.to(DTYPE), own_b.to(DTYPE), other, group, other_tokens, R, RA, RB, 0, 0, 0, 0, DTYPE, PRECISION, BLOCK_N, BLOCK_M
+        own_a.to(DTYPE), own_b.to(DTYPE), other, group, other_tokens, 0, 0, 0, R, RA, RB, 0, DTYPE, PRECISION, BLOCK_N, BLOCK_M
     )  # fmt: skip
     store_split(heard, o_n, m_n, heard_a, heard_b, R, RA, RB)
     tl.store(lse + o_n, b_lse, mask=m_n)
@@ -117,7 +117,7 @@ def _cross_modal_fwd_tile(
     store_split(out, o_n, m_n, own_a + b_gate * heard_a, own_b + b_gate * heard_b, R, RA, RB)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "tokens_visual", "tokens_audio"])
 def _cross_modal_fwd_kernel(
     visual, audio, gate_visual, gate_audio, out_visual, out_audio, heard_visual, heard_audio, lse_visual, lse_audio, groups,
     tokens_visual, tokens_audio, R: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, TO_VISUAL: tl.constexpr, TO_AUDIO:
@@ -153,16 +153,16 @@ def _cross_modal_bwd_tile(
     groups,
     tokens,
     other_tokens,
+    height,
+    width,
+    shift,
     tile,
     R: tl.constexpr,
     RA: tl.constexpr,
     RB: tl.constexpr,
     TO_OWN: tl.constexpr,
     TO_OTHER: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
-    SHIFT: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -175,10 +175,9 @@ def _cross_modal_bwd_tile(
     b_own_gate, b_other_gate = tl.load(own_gate).to(tl.float32), tl.load(other_gate).to(tl.float32)
     for group in range(tile // tiles * GROUPS, tl.minimum((tile // tiles + 1) * GROUPS, groups)):
         m_n = o_t < tokens
-        o_n = token_rows(group, o_t, tokens, HEIGHT, WIDTH, SIZE, SHIFT)
+        o_n = token_rows(group, o_t, tokens, height, width, shift, SIZE)
         own_a, own_b = load_split(own, o_n, m_n, R, RA, RB, DTYPE)
-        direct_a, direct_b = load_split(own_grad, o_n, m_n, R, RA, RB, tl.float32)
-        grad_a, grad_b = direct_a.to(DTYPE), direct_b.to(DTYPE)
+        grad_a, grad_b = load_split(own_grad, o_n, m_n, R, RA, RB, DTYPE)
         if TO_OWN:
             b_own_lse = tl.load(own_lse + o_n, mask=m_n, other=0.0)
             b_own_delta = tl.load(own_delta + o_n, mask=m_n, other=0.0)
@@ -186,7 +185,7 @@ def _cross_modal_bwd_tile(
         for start in range(0, other_tokens, BLOCK_M):
             o_u = start + tl.arange(0, BLOCK_M)
             m_m = o_u < other_tokens
-            o_m = token_rows(group, o_u, other_tokens, HEIGHT, WIDTH, SIZE, SHIFT)
+            o_m = token_rows(group, o_u, other_tokens, height, width, shift, SIZE)
             other_a, other_b = load_split(other, o_m, m_m, R, RA, RB, DTYPE)
             # One tile of scores serves both softmaxes; exp2 gives 0 beyond the last token.
             scores = tl.where(m_m[None, :], dot_ranks(own_a, own_b, other_a, other_b, RB, PRECISION) * LOG2E, float("-inf"))
@@ -202,29 +201,31 @@ def _cross_modal_bwd_tile(
                 d_scores += q * (dot_ranks(own_a, own_b, other_grad_a, other_grad_b, RB, PRECISION) - b_other_delta[None, :])
                 acc_a, acc_b = dot_split(q.to(DTYPE), other_grad_a, other_grad_b, acc_a, acc_b, RB, PRECISION)
             acc_a, acc_b = dot_split(d_scores.to(DTYPE), other_a, other_b, acc_a, acc_b, RB, PRECISION)
+        # Read again rather than held in registers during the loop, and unrounded.
+        direct_a, direct_b = load_split(own_grad, o_n, m_n, R, RA, RB, tl.float32)
         store_split(d_own, o_n, m_n, acc_a + direct_a, acc_b + direct_b, R, RA, RB)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "tokens_visual", "tokens_audio", "height", "width", "shift"])
 def _cross_modal_bwd_kernel(
     visual, audio, grad_visual, grad_audio, gate_visual, gate_audio, lse_visual, lse_audio, delta_visual, delta_audio, d_visual,
-    d_audio, groups, tokens_visual, tokens_audio, R: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, TO_VISUAL: tl.constexpr,
-    TO_AUDIO: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, SHIFT: tl.constexpr, DTYPE:
-    tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr,
+    d_audio, groups, tokens_visual, tokens_audio, height, width, shift, R: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr,
+    TO_VISUAL: tl.constexpr, TO_AUDIO: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N:
+    tl.constexpr, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     first = tl.cdiv(groups, GROUPS) * tl.cdiv(tokens_visual, BLOCK_N)
     if tile < first:
         _cross_modal_bwd_tile(
             visual, audio, grad_visual, grad_audio, gate_visual, gate_audio, lse_visual, lse_audio, delta_visual, delta_audio,
-            d_visual, groups, tokens_visual, tokens_audio, tile, R, RA, RB, TO_VISUAL, TO_AUDIO, HEIGHT, WIDTH, SIZE, SHIFT,
+            d_visual, groups, tokens_visual, tokens_audio, height, width, shift, tile, R, RA, RB, TO_VISUAL, TO_AUDIO, SIZE,
             DTYPE, PRECISION, BLOCK_N, BLOCK_M, GROUPS,
         )  # fmt: skip
     else:
         _cross_modal_bwd_tile(
             audio, visual, grad_audio, grad_visual, gate_audio, gate_visual, lse_audio, lse_visual, delta_audio, delta_visual,
-            d_audio, groups, tokens_audio, tokens_visual, tile - first, R, RA, RB, TO_AUDIO, TO_VISUAL, HEIGHT, WIDTH, SIZE,
-            SHIFT, DTYPE, PRECISION, BLOCK_N, BLOCK_M, GROUPS,
+            d_audio, groups, tokens_audio, tokens_visual, height, width, shift, tile - first, R, RA, RB, TO_AUDIO, TO_VISUAL,
+            SIZE, DTYPE, PRECISION, BLOCK_N, BLOCK_M, GROUPS,
         )  # fmt: skip
 
 
@@ -248,7 +249,7 @@ def delta_of(g_a, g_b, h_a, h_b, RB: tl.constexpr):
     return delta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_visual", "rows_audio"])
 def _cross_modal_bwd_delta_kernel(
     grad_visual,  # [G * n, R]
     grad_audio,  # [G * m, R]
@@ -397,15 +398,12 @@ def attend_bwd(
         lambda config: (
             triton.cdiv(groups, config["GROUPS"]) * (triton.cdiv(n, config["BLOCK_N"]) + triton.cdiv(m, config["BLOCK_N"])),
         ),
-        *(*hiddens, *grads, *gates, *lses, *deltas, *d_hiddens, groups, n, m),
+        *(*hiddens, *grads, *gates, *lses, *deltas, *d_hiddens, groups, n, m, height, width, shift),
         candidates=[{**c, "GROUPS": together} for c in tile_candidates(hiddens[0], max(n, m), backward=True)],
         **launch.split_rank(hiddens[0].shape[-1]),
         TO_VISUAL=to_visual,
         TO_AUDIO=to_audio,
-        HEIGHT=height,
-        WIDTH=width,
         SIZE=size,
-        SHIFT=shift,
         DTYPE=launch.triton_dtype(dtype),
         PRECISION=launch.precision(dtype),
     )

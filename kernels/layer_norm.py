@@ -48,7 +48,7 @@ def _fwd_tile(
     tl.store(rstd + o_n, b_rstd, mask=m_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows0", "rows1"])
 def _layer_norm_fwd_kernel(
     x0,  # [N0, D]
     x1,  # [N1, D]
@@ -109,7 +109,7 @@ def _bwd_tile(
     tl.store(dx + o_n[:, None] * D + o_d[None, :], (b_dx * b_rstd[:, None]).to(dx.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows0", "rows1"])
 def _layer_norm_bwd_kernel(
     grad0,  # [N0, D]
     grad1,  # [N1, D]

@@ -87,10 +87,10 @@ def to_rank(
     stride_x,
     o_n,
     m_n,
-    weight,  # [R, D], its elements STRIDE_R and STRIDE_D apart
-    STRIDE_R: tl.constexpr,
-    STRIDE_D: tl.constexpr,
-    D: tl.constexpr,
+    weight,  # [R, D], its elements stride_r and stride_d apart
+    stride_r,
+    stride_d,
+    D,
     R: tl.constexpr,
     RA: tl.constexpr,
     RB: tl.constexpr,
@@ -105,12 +105,12 @@ def to_rank(
         o_d = start + tl.arange(0, BLOCK_D)
         m_d = o_d < D
         b_x = tl.load(x + o_n[:, None] * stride_x + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0).to(DTYPE)
-        p_w = weight + o_d[:, None] * STRIDE_D
-        b_w = tl.load(p_w + o_a[None, :] * STRIDE_R, mask=m_d[:, None] & (o_a < R)[None, :], other=0.0).to(DTYPE)
+        p_w = weight + o_d[:, None] * stride_d
+        b_w = tl.load(p_w + o_a[None, :] * stride_r, mask=m_d[:, None] & (o_a < R)[None, :], other=0.0).to(DTYPE)
         acc_a = dot(b_x, b_w, acc_a, PRECISION)
         if RB > 0:
             o_b = RA + tl.arange(0, RB)
-            b_w = tl.load(p_w + o_b[None, :] * STRIDE_R, mask=m_d[:, None] & (o_b < R)[None, :], other=0.0).to(DTYPE)
+            b_w = tl.load(p_w + o_b[None, :] * stride_r, mask=m_d[:, None] & (o_b < R)[None, :], other=0.0).to(DTYPE)
             acc_b = dot(b_x, b_w, acc_b, PRECISION)
     return acc_a, acc_b
 
@@ -120,10 +120,10 @@ def from_rank(
     h_a,  # [M, RA]
     h_b,  # [M, RB]
     o_d,
-    weight,  # [D, R], its elements STRIDE_D and STRIDE_R apart
-    STRIDE_R: tl.constexpr,
-    STRIDE_D: tl.constexpr,
-    D: tl.constexpr,
+    weight,  # [D, R], its elements stride_d and stride_r apart
+    stride_r,
+    stride_d,
+    D,
     R: tl.constexpr,
     RA: tl.constexpr,
     RB: tl.constexpr,
@@ -132,12 +132,12 @@ def from_rank(
     """Channels ``o_d`` of ``h @ weight.T``, float32; the weights are rounded to the dtype of ``h``."""
     o_a = tl.arange(0, RA)
     m_d = o_d < D
-    p_w = weight + o_d[None, :] * STRIDE_D
-    b_w = tl.load(p_w + o_a[:, None] * STRIDE_R, mask=(o_a < R)[:, None] & m_d[None, :], other=0.0).to(h_a.dtype)
+    p_w = weight + o_d[None, :] * stride_d
+    b_w = tl.load(p_w + o_a[:, None] * stride_r, mask=(o_a < R)[:, None] & m_d[None, :], other=0.0).to(h_a.dtype)
     acc = dot(h_a, b_w, tl.zeros([h_a.shape[0], o_d.shape[0]], tl.float32), PRECISION)
     if RB > 0:
         o_b = RA + tl.arange(0, RB)
-        b_w = tl.load(p_w + o_b[:, None] * STRIDE_R, mask=(o_b < R)[:, None] & m_d[None, :], other=0.0).to(h_b.dtype)
+        b_w = tl.load(p_w + o_b[:, None] * stride_r, mask=(o_b < R)[:, None] & m_d[None, :], other=0.0).to(h_b.dtype)
         acc = dot(h_b, b_w, acc, PRECISION)
     return acc
 
