@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from ..reference.windows import WindowGrid, shift_mask, window_partition, window_reverse
 from .av_adapter import check_window_grid
+from .boundary import define
 from .checks import check_one_dtype, check_shape
-from .dispatch import Impl, register, select
+from .dispatch import TRITON_DTYPES, Impl, Implementation, register, select
+
+WIDEST_HEAD = 128
 
 
 def window_attention(
@@ -64,4 +70,51 @@ def _torch(qkv: Tensor, bias: Tensor, *, window: int, shift: int, scale: float, 
     return window_reverse(out.transpose(1, 2).flatten(2).unflatten(0, (frames, -1)), height, width, window, shift)
 
 
-register("window_attention", torch=_torch, reference=reference.window_attention)
+_fwd = define(
+    "window_attention",
+    "window_attention_fwd(Tensor qkv, Tensor bias, int window, int shift, float scale) -> Tensor",
+    lambda qkv, bias, window, shift, scale: qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5]),
+)
+_bwd = define(
+    "window_attention",
+    "window_attention_bwd(Tensor grad, Tensor qkv, Tensor bias, int window, int shift, float scale) -> Tensor",
+    lambda grad, qkv, bias, window, shift, scale: qkv.new_empty(qkv.shape),
+)
+
+
+class _WindowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv: Tensor, bias: Tensor, window: int, shift: int, scale: float) -> Tensor:
+        ctx.save_for_backward(qkv, bias)
+        ctx.options = window, shift, scale
+        return _fwd(qkv, bias, window, shift, scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _bwd(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+
+def _limits(qkv: Tensor, bias: Tensor, *, window: int, shift: int, scale: float, mask: Tensor | None = None) -> Iterator[str]:
+    if torch.is_grad_enabled() and bias.requires_grad:
+        yield "its kernel gives the bias no gradient, and it is trained"
+    if bias.dtype not in TRITON_DTYPES:
+        yield f"its kernel takes a bias in float32, bfloat16 and float16, got {bias.dtype}"
+    if qkv.shape[-1] > WIDEST_HEAD:
+        yield f"its kernel takes up to {WIDEST_HEAD} channels a head, got {qkv.shape[-1]}"
+
+
+def _triton(qkv: Tensor, bias: Tensor, *, window: int, shift: int, scale: float, mask: Tensor | None = None) -> Tensor:
+    # The mask is that of the shift, which the kernel works out.
+    device = qkv.device.type
+    if torch.is_autocast_enabled(device):
+        qkv = qkv.to(torch.get_autocast_dtype(device))
+    return _WindowAttention.apply(qkv, bias.contiguous(), window, shift, scale)
+
+
+register(
+    "window_attention",
+    triton=Implementation(_triton, _limits),
+    torch=_torch,
+    reference=reference.window_attention,
+)

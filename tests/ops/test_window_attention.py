@@ -7,7 +7,7 @@ import torch
 
 from stgcma_fast import ops, reference
 from stgcma_fast.reference.windows import shift_mask, window_partition, window_reverse
-from tests.support.inputs import draw, each_dtype, each_low_dtype, each_stride
+from tests.support.inputs import Device, draw, each_dtype, each_low_dtype, each_stride
 from tests.support.numerics import check, check_compiled, check_equal_in_float64, evaluate
 
 # Height, width, window, shift.
@@ -223,3 +223,175 @@ def test_errors(changed, message):
     arguments = problem(14, 14, 7, 3) | {"window": 7, "shift": 3, "scale": 0.2}
     with pytest.raises(ValueError, match=message):
         ops.window_attention(**arguments | changed)
+
+
+# Grid, frames, heads; a program takes four of the windows up to 8 x 8.
+KERNEL_GRIDS = {
+    "one-window": ((7, 7, 7, 0), 5, 2),
+    "square": ((14, 14, 7, 0), 1, 3),
+    "square-shifted": ((14, 14, 7, 3), 1, 2),
+    "wide-shifted": ((8, 12, 4, 1), 2, 1),
+    "window-2-shifted": ((6, 4, 2, 1), 2, 1),
+    "one-window-shifted": ((3, 3, 3, 1), 1, 1),
+    "window-8-shifted": ((16, 8, 8, 4), 1, 1),
+    "window-9": ((9, 9, 9, 0), 1, 2),
+    "window-12-shifted": ((12, 24, 12, 6), 1, 1),
+}
+each_kernel_grid = pytest.mark.parametrize("case", KERNEL_GRIDS.values(), ids=KERNEL_GRIDS.keys())
+LARGE_WINDOW = (9, 9, 9, 4)
+each_kernel = pytest.mark.parametrize("grid", [GRIDS["wide-shifted"], LARGE_WINDOW], ids=["tile", "blocks"])
+FREEZE = ("bias",)
+
+
+def kernel(grid, **options):
+    return function(ops, grid, impl="triton", **options)
+
+
+def hold_kernel(tensors, *, grid, fast=None, frozen=FREEZE, **options):
+    return hold(tensors, grid=grid, fast=fast or kernel(grid), frozen=frozen, **options)
+
+
+@each_dtype
+@each_kernel_grid
+def test_kernel_grids(kernels, case, dtype):
+    grid, frames, heads = case
+    got = hold_kernel(problem(*grid, frames=frames, heads=heads, dtype=dtype), grid=grid)
+    assert got["grad_qkv"].is_contiguous()
+
+
+@each_dtype
+@pytest.mark.parametrize("name", ["one-window", "square-shifted", "window-2-shifted", "window-12-shifted"])
+def test_kernel_moves_are_exact(kernels, name, dtype):
+    """With a bias that gives each query one key, values and their gradients are moved and nothing else."""
+    (height, width, window, shift), frames, heads = KERNEL_GRIDS[name]
+    tokens = window**2
+    chosen = (torch.arange(tokens, device=Device.name) * (tokens - 1) + 2) % tokens
+    bias = torch.full((heads, tokens, tokens), -1e4, dtype=dtype, device=Device.name)
+    bias[:, torch.arange(tokens), chosen] = 0
+    qkv = draw(0, frames, height, width, 3, heads, 16, dtype=dtype)
+    qkv[..., 0, :, :] = 0
+    got = evaluate(kernel((height, width, window, shift)), {"qkv": qkv, "bias": bias}, frozen=FREEZE)
+
+    value = qkv[..., 2, :, :].flatten(3).requires_grad_()
+    moved = window_reverse(window_partition(value, window, shift)[:, :, chosen], height, width, window, shift)
+    (grad,) = torch.autograd.grad(moved, value, draw(1000, *moved.shape, dtype=dtype))
+    assert torch.equal(got["out0"], moved)
+    assert torch.equal(got["grad_qkv"][..., 2, :, :].flatten(3), grad)
+    assert not got["grad_qkv"][..., :2, :, :].any()
+
+
+@pytest.mark.parametrize("head_dim", [1, 5, 16, 64, 96, 128])
+@each_dtype
+def test_kernel_head_dims(kernels, dtype, head_dim):
+    grid = (4, 8, 4, 2)
+    hold_kernel(problem(*grid, frames=1, heads=2, head_dim=head_dim, dtype=dtype), grid=grid)
+
+
+def test_kernel_wide_heads_in_large_windows(kernels):
+    hold_kernel(problem(*LARGE_WINDOW, frames=1, heads=1, head_dim=96), grid=LARGE_WINDOW)
+
+
+@each_kernel
+@each_stride
+def test_kernel_strides(kernels, strides, grid):
+    hold_kernel(problem(*grid, heads=1, head_dim=16, strides=strides), grid=grid, upstream=strides)
+
+
+@each_dtype
+@each_kernel
+def test_kernel_large_scores(kernels, grid, dtype):
+    tensors = problem(*grid, frames=1, heads=1, dtype=dtype, scale=30**0.5)
+    query, key, _ = window_partition(tensors["qkv"].double(), *grid[2:]).permute(3, 0, 1, 4, 2, 5)
+    scores = (query @ key.mT).abs().max().item() * 32**-0.5
+    assert scores > 100
+    hold_kernel(tensors, grid=grid, scores=scores)
+
+
+@each_kernel
+def test_kernel_masks_by_a_hundred(kernels, grid):
+    """Masked pairs lose 100, not everything: a large enough bias outweighs it."""
+    tensors = problem(*grid, frames=1, heads=1)
+    tensors["bias"] *= 60
+    hold_kernel(tensors, grid=grid, scores=tensors["bias"].abs().max().item())
+
+
+@each_kernel
+def test_kernel_works_the_mask_out(kernels, grid):
+    tensors = problem(*grid, frames=1, heads=1, head_dim=16)
+    given = kernel(grid, mask=shift_mask(*grid))(**tensors)
+    assert torch.equal(given, kernel(grid)(**tensors))
+
+
+def test_kernel_bias_of_any_strides(kernels):
+    """The model's bias is gathered with the heads last."""
+    grid = GRIDS["wide-shifted"]
+    tensors = problem(*grid)
+    tensors["bias"] = tensors["bias"].permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    hold_kernel(tensors, grid=grid)
+
+
+def test_kernel_frozen_qkv(kernels):
+    grid = GRIDS["wide-shifted"]
+    assert hold_kernel(problem(*grid), grid=grid, frozen=("qkv", "bias")).keys() == {"out0"}
+
+
+@each_low_dtype
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "frozen-bias-float32"])
+@each_kernel
+def test_kernel_autocast(kernels, grid, dtype, mixed):
+    tensors = problem(*grid, frames=1, heads=1)
+    if mixed:
+        tensors["qkv"] = tensors["qkv"].to(dtype)
+    hold_kernel(tensors, grid=grid, autocast=dtype)
+
+
+def test_kernel_compiled(kernels):
+    grid = GRIDS["wide-shifted"]
+    check_compiled(
+        kernel(grid),
+        partial(hold_kernel, grid=grid),
+        lambda batch: problem(*grid, frames=batch, heads=1, head_dim=8),
+        batched=["qkv"],
+    )
+
+
+@each_kernel
+def test_kernel_as_pytorch_sees_it(kernels, grid):
+    """Schema, fake and dispatch keys of the registered operators."""
+    qkv, bias = problem(*grid, frames=1, heads=1, head_dim=16).values()
+    options = (*grid[2:], 0.25)
+    torch.library.opcheck(torch.ops.stgcma_fast.window_attention_fwd.default, (qkv, bias, *options))
+    grad = draw(2, 1, *grid[:2], 16)
+    torch.library.opcheck(torch.ops.stgcma_fast.window_attention_bwd.default, (grad, qkv, bias, *options))
+
+
+@each_kernel
+def test_kernel_repeats_bit_equal(kernels, grid):
+    tensors = problem(*grid, frames=1, heads=1)
+    first = evaluate(kernel(grid), tensors, frozen=FREEZE)
+    for _ in range(2):
+        assert all(torch.equal(x, first[name]) for name, x in evaluate(kernel(grid), tensors, frozen=FREEZE).items())
+
+
+def test_kernel_refuses_a_trained_bias(kernels):
+    grid = GRIDS["wide-shifted"]
+    tensors = problem(*grid)
+    tensors["bias"].requires_grad_()
+    with pytest.raises(
+        NotImplementedError, match="window_attention: impl='triton' was asked for, but its kernel gives the bias"
+    ):
+        kernel(grid)(**tensors)
+    with torch.no_grad():
+        kernel(grid)(**tensors)
+
+
+def test_kernel_refuses_what_it_cannot_take(kernels):
+    grid = GRIDS["wide-shifted"]
+    with pytest.raises(NotImplementedError, match="up to 128 channels a head, got 144"):
+        kernel(grid)(**problem(*grid, head_dim=144))
+    tensors = problem(*grid)
+    with (
+        torch.autocast(Device.name, torch.bfloat16),
+        pytest.raises(NotImplementedError, match="a bias in float32, bfloat16 and float16"),
+    ):
+        kernel(grid)(tensors["qkv"], tensors["bias"].double())
