@@ -376,7 +376,9 @@ def _is_one_tile(qkv: Tensor, window: int) -> bool:
 def _whole(qkv: Tensor, window: int) -> list[launch.Config]:
     block_l, block_d = max(16, triton.next_power_of_2(window**2)), _block_d(qkv)
     choices = ((4, 4, 2), (4, 4, 1), (2, 4, 2), (2, 4, 1), (8, 4, 2), (1, 4, 1))
-    if qkv.dtype == torch.float32:
+    if launch.precision(qkv.dtype) == "tf32":
+        choices = ((4, 8, 1), (2, 8, 1))
+    elif qkv.dtype == torch.float32:
         choices = ((4, 16, 1), (2, 16, 1), (4, 8, 1))
     elif launch.capability(qkv) >= (10, 0):
         choices = ((4, 4, 1), *choices)
