@@ -1,12 +1,13 @@
 """Attention over time."""
 
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
 
 from stgcma_fast import ops, reference
-from tests.support.inputs import draw, each_dtype, each_low_dtype, each_stride
+from tests.support.inputs import draw, each_dtype, each_low_dtype, each_stride, strided
 from tests.support.numerics import check, check_compiled, check_equal_in_float64, evaluate
 
 # Clips, frames, token positions, heads, channels of a head.
@@ -142,3 +143,134 @@ ERRORS = {
 def test_errors(changed, message):
     with pytest.raises(ValueError, match=message):
         partial(ops.temporal_attention, scale=0.25)(**problem(2, 5, 6, 2, 16) | changed)
+
+
+# What a tile of 32 or 64 rows makes of it: full, with rows to spare, one site alone, sites to spare.
+KERNEL_SIZES = SIZES | {
+    "full-tile": (1, 16, 5, 2, 64),
+    "a-site-a-tile": (1, 20, 3, 2, 40),
+    "most-frames": (1, 32, 2, 1, 64),
+    "most-channels": (3, 8, 7, 1, 128),
+    "one-channel": (2, 4, 3, 2, 1),
+    "one-number": (1, 1, 1, 1, 1),
+}
+LARGE_SIZES = {"33": (1, 33, 3, 1, 80), "64": (1, 64, 2, 2, 32), "widest": (1, 64, 1, 1, 128)}
+# A tile holds three sites of ten frames.
+SMALL = (2, 10, 7, 2, 16)
+
+
+def kernel(qkv, bias=None):
+    return function(ops, impl="triton")(qkv, bias)
+
+
+@each_bias
+@each_dtype
+@pytest.mark.parametrize("size", KERNEL_SIZES.values(), ids=KERNEL_SIZES.keys())
+def test_kernel_sizes(kernels, size, dtype, bias):
+    hold(problem(*size, dtype=dtype, bias=bias), fast=kernel)
+
+
+@each_low_dtype
+@pytest.mark.parametrize("size", LARGE_SIZES.values(), ids=LARGE_SIZES.keys())
+def test_kernel_many_frames(kernels, size, dtype):
+    hold(problem(*size, dtype=dtype), fast=kernel)
+
+
+@each_stride
+def test_kernel_strides(kernels, strides):
+    tensors = problem(*SMALL, strides=strides)
+    hold(tensors | {"bias": strided(tensors["bias"], strides)}, fast=kernel, upstream=strides)
+
+
+def test_kernel_reads_in_place(kernels):
+    """Streams as a block packs them: rows of one are apart, and its head channels are a part of wider rows."""
+    batch, frames, sites, heads, head_dim = SMALL
+    around = draw(0, batch, sites + 3, frames, heads, 4, head_dim + 8)
+    qkv = around[:, 2:-1, :, :, 1:, 8:].permute(0, 2, 1, 4, 3, 5)
+    hold(problem(*SMALL) | {"qkv": qkv}, fast=kernel)
+
+
+@each_dtype
+def test_kernel_large_scores(kernels, dtype):
+    hold(problem(2, 10, 6, 2, 16, dtype=dtype, scale=30**0.5), fast=kernel)
+
+
+@pytest.mark.parametrize("frozen", ["qkv", "bias"])
+def test_kernel_frozen_inputs_change_nothing_else(kernels, frozen):
+    every = evaluate(kernel, problem(*SMALL))
+    got = hold(problem(*SMALL), fast=kernel, frozen={frozen})
+    assert got.keys() == every.keys() - {f"grad_{frozen}"}
+    assert all(torch.equal(x, every[name]) for name, x in got.items())
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("rows", [100, 65536], ids=["many-rounds", "one-round"])
+def test_kernel_tiles(kernels, monkeypatch, rows, block):
+    """Every size of a tile, in one pass and in several over the sites, the last of which is not full."""
+    launchers = import_module("stgcma_fast.kernels.temporal_attention")
+    monkeypatch.setattr(launchers, "ROWS", rows)
+    candidates = [{"BLOCK": block, "num_warps": 4, "num_stages": 1}]
+    monkeypatch.setattr(launchers, "_candidates", lambda qkv: candidates)
+    hold(problem(*SMALL), fast=kernel)
+
+
+@each_bias
+def test_kernel_compiled(kernels, bias):
+    check_compiled(
+        kernel,
+        hold,
+        lambda batch: problem(batch, *SMALL[1:], bias=bias),
+        batched=["qkv"],
+    )
+
+
+@each_bias
+@each_low_dtype
+def test_kernel_autocast(kernels, dtype, bias):
+    got = hold(problem(*SMALL, bias=bias), fast=kernel, autocast=dtype)
+    assert got["out0"].dtype == dtype
+    assert got["grad_qkv"].dtype == torch.float32
+
+
+@each_low_dtype
+def test_kernel_autocast_of_ready_inputs(kernels, dtype):
+    """In the model a linear layer has already given the autocast dtype, and the bias is a float32 parameter."""
+    got = hold(problem(*SMALL, dtype=dtype) | {"bias": problem(*SMALL)["bias"]}, fast=kernel, autocast=dtype)
+    assert got["grad_bias"].dtype == torch.float32
+
+
+HALF = torch.float16
+REFUSED = {
+    "frames": ((1, 65, 1, 1, 1), HALF, "its kernels take at most 64 frames of 1 channels in torch.float16, got 65"),
+    "channels": ((1, 2, 1, 1, 129), HALF, "its kernels take heads of at most 128 channels, got 129"),
+    "both": ((1, 65, 1, 1, 129), HALF, "heads of at most 128 channels, got 129; its kernels take at most 64 frames"),
+    "float32": ((1, 33, 1, 1, 64), torch.float32, "its kernels take at most 32 frames of 64 channels in torch.float32, got 33"),
+    "wide-float32": ((1, 17, 1, 1, 65), torch.float32, "its kernels take at most 16 frames of 65 channels in torch.float32"),
+}
+
+
+@pytest.mark.parametrize(("size", "dtype", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_kernel_refuses(kernels, size, dtype, message):
+    with pytest.raises(NotImplementedError, match=f"temporal_attention: impl='triton' was asked for, but .*{message}"):
+        kernel(**problem(*size, dtype=dtype))
+
+
+def test_kernel_limits_are_those_of_the_autocast_dtype(kernels):
+    hold(problem(1, 33, 1, 1, 64), fast=kernel, autocast=HALF)
+
+
+@each_bias
+def test_kernel_as_pytorch_sees_it(kernels, bias):
+    """Schema, fake and dispatch keys of the registered operators."""
+    arguments = (*problem(*SMALL).values(), 0.25) if bias else (*problem(*SMALL, bias=False).values(), None, 0.25)
+    torch.library.opcheck(torch.ops.stgcma_fast.temporal_attention_fwd.default, arguments)
+    out = torch.ops.stgcma_fast.temporal_attention_fwd(*arguments)
+    for wanted in [(True, True), (True, False), (False, True)] if bias else [(True, False)]:
+        torch.library.opcheck(torch.ops.stgcma_fast.temporal_attention_bwd.default, (out, *arguments, *wanted))
+
+
+def test_kernel_repeats_bit_equal(kernels):
+    tensors = problem(2, 10, 19, 3, 32)
+    first = evaluate(kernel, tensors)
+    for _ in range(3):
+        assert all(torch.equal(x, first[name]) for name, x in evaluate(kernel, tensors).items())
