@@ -21,6 +21,7 @@ from .primitives import (
     gelu_grad,
     load_split,
     load_vector_split,
+    row_block,
     store_split,
     to_rank,
     zeros_split,
@@ -82,8 +83,10 @@ def _adapter_fwd_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    o_n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < rows
+    first, o_n, m_n = row_block(tile, rows, BLOCK_N)
+    x += first * stride_x
+    residual += first * stride_r
+    out += first * D
     z_a, z_b = preactivation(x, stride_x, o_n, m_n, down_weight, down_bias, D, R, RA, RB, BLOCK_D, DTYPE, PRECISION)
     h_a, h_b = gelu(z_a).to(DTYPE), gelu(z_b).to(DTYPE)
     expand(
@@ -140,20 +143,22 @@ def _adapter_bwd_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    o_n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < rows
+    first, o_n, m_n = row_block(tile, rows, BLOCK_N)
+    grad += first * stride_g
+    x += first * stride_x
     z_a, z_b = preactivation(x, stride_x, o_n, m_n, down_weight, down_bias, D, R, RA, RB, BLOCK_D, DTYPE, PRECISION)
     if ACROSS:
-        dh_a, dh_b = load_split(hidden_grad, o_n, m_n, R, RA, RB, tl.float32)
+        dh_a, dh_b = load_split(hidden_grad + first * R, o_n, m_n, R, RA, RB, tl.float32)
     else:
         dh_a, dh_b = to_rank(grad, stride_g, o_n, m_n, up_weight, 1, R, D, R, RA, RB, BLOCK_D, DTYPE, PRECISION)
         if NEEDS_WEIGHTS:
-            store_split(hidden, o_n, m_n, gelu(z_a), gelu(z_b), R, RA, RB)
+            store_split(hidden + first * R, o_n, m_n, gelu(z_a), gelu(z_b), R, RA, RB)
     dz_a = (dh_a * gelu_grad(z_a)).to(DTYPE)
     dz_b = (dh_b * gelu_grad(z_b)).to(DTYPE)
     if NEEDS_WEIGHTS:
-        store_split(dz, o_n, m_n, dz_a, dz_b, R, RA, RB)
+        store_split(dz + first * R, o_n, m_n, dz_a, dz_b, R, RA, RB)
     if NEEDS_X:
+        dx += first * D
         for start in range(0, D, BLOCK_D):
             o_d = start + tl.arange(0, BLOCK_D)
             m = m_n[:, None] & (o_d < D)[None, :]
@@ -206,11 +211,14 @@ def _weight_grad_tile(
     acc_a, acc_b = zeros_split(BLOCK_D, RA, RB)
     bias_wide = tl.zeros([BLOCK_D], tl.float32)
     bias_a, bias_b = tl.zeros([RA], tl.float32), tl.zeros([RA if RB == 0 else RB], tl.float32)
+    row0 = tl.zeros([], tl.int64)
     for start in range(first, last, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        m_n = o_n < last
-        b_w = tl.load(wide + o_n[:, None] * stride_w + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
-        b_a, b_b = load_split(narrow, o_n, m_n, R, RA, RB, narrow.dtype.element_ty)
+        o_n = tl.arange(0, BLOCK_N)
+        m_n = start + o_n < last
+        row = row0 + start
+        p_w = wide + row * stride_w + o_n[:, None] * stride_w + o_d[None, :]
+        b_w = tl.load(p_w, mask=m_n[:, None] & m_d[None, :], other=0.0)
+        b_a, b_b = load_split(narrow + row * R, o_n, m_n, R, RA, RB, narrow.dtype.element_ty)
         b_t = tl.trans(b_w.to(b_a.dtype))
         acc_a = dot(b_t, b_a, acc_a, PRECISION)
         if RB > 0:
@@ -282,11 +290,14 @@ def _candidates(*sizes: tuple[int, int, int, int]) -> list[launch.Config]:
     return [{"BLOCK_N": n, "BLOCK_D": d, "num_warps": warps, "num_stages": stages} for n, d, warps, stages in sizes]
 
 
-def row_candidates(dtype: torch.dtype) -> list[launch.Config]:
+def row_candidates(dtype: torch.dtype, rank: int) -> list[launch.Config]:
     """Configurations of a kernel that takes rows from D to r and back, by the dtype of its products."""
     if dtype == torch.float32:
         return _candidates((32, 32, 4, 2), (64, 32, 8, 2))
-    return _candidates((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3), (32, 64, 4, 2))
+    # Two accumulators of 64 x 128 want the registers of eight warps.
+    narrow = _candidates((64, 64, 4, 2), (64, 32, 4, 3))
+    wide = _candidates((64, 64, 8, 2), (128, 64, 8, 2), (32, 64, 4, 2))
+    return [*narrow, *wide] if rank <= 96 else [*wide, *narrow]
 
 
 def row_grid(xs: Sequence[Tensor]):
@@ -334,7 +345,7 @@ def adapter_fwd(
         *(*ends(xs), *strides(xs), *ends(added), *strides(added)),
         *(*ends(down_weights), *ends(down_biases), *ends(up_weights), *ends(up_biases)),
         *(*ends(outs), len(xs[0]), len(xs[-1]), channels),
-        candidates=row_candidates(dtype),
+        candidates=row_candidates(dtype, rank),
         **launch.split_rank(rank),
         STREAMS=len(xs),
         ADD_RESIDUAL=bool(residuals),
@@ -396,7 +407,7 @@ def down_bwd(
         # A kernel never touches what its flags say it need not; any tensor stands in for it.
         *(*ends(hidden_grads or xs), *ends(hiddens or xs), *ends(dzs or xs), *ends(dxs or xs)),
         *(len(xs[0]), len(xs[-1]), channels),
-        candidates=row_candidates(dtype),
+        candidates=row_candidates(dtype, rank),
         **launch.split_rank(rank),
         STREAMS=len(xs),
         ACROSS=across,

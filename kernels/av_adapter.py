@@ -16,7 +16,7 @@ from torch import Tensor
 from . import launch
 from .adapter import contiguous, down_bwd, ends, expand, preactivation, row_candidates, row_grid, strides, weight_grads
 from .cross_modal import attend, attend_bwd, delta_of, listening, tile_candidates, token_rows
-from .primitives import gelu, load_split, store_split, to_rank
+from .primitives import gelu, load_split, row_block, store_split, to_rank
 
 
 @triton.jit
@@ -37,10 +37,11 @@ def _down_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    o_n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < rows
-    z_a, z_b = preactivation(x, stride_x, o_n, m_n, down_weight, down_bias, D, R, RA, RB, BLOCK_D, DTYPE, PRECISION)
-    store_split(hidden, o_n, m_n, gelu(z_a), gelu(z_b), R, RA, RB)
+    first, o_n, m_n = row_block(tile, rows, BLOCK_N)
+    z_a, z_b = preactivation(
+        x + first * stride_x, stride_x, o_n, m_n, down_weight, down_bias, D, R, RA, RB, BLOCK_D, DTYPE, PRECISION
+    )
+    store_split(hidden + first * R, o_n, m_n, gelu(z_a), gelu(z_b), R, RA, RB)
 
 
 @triton.jit(do_not_specialize=["rows0", "rows1"])
@@ -100,21 +101,23 @@ def _av_adapter_fwd_tile(
     tiles = tl.cdiv(tokens, BLOCK_N)
     o_t = (tile % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_t < tokens
-    for group in range(tile // tiles * GROUPS, tl.minimum((tile // tiles + 1) * GROUPS, groups)):
-        o_n = token_rows(group, o_t, tokens, height, width, shift, SIZE)
-        h_a, h_b = load_split(own, o_n, m_n, R, RA, RB, DTYPE)
+    lead = (tile // tiles).to(tl.int64) * GROUPS
+    for i in range(tl.minimum(groups - lead, GROUPS)):
+        group = lead + i
+        first, o_n = token_rows(group, o_t, tokens, height, width, shift, SIZE)
+        h_a, h_b = load_split(own + first * R, o_n, m_n, R, RA, RB, DTYPE)
         if LISTENS:
             heard_a, heard_b, b_lse = attend(
                 h_a, h_b, other, group, other_tokens, height, width, shift, R, RA, RB, SIZE, DTYPE, PRECISION, BLOCK_N, BLOCK_M
             )  # fmt: skip
-            store_split(heard, o_n, m_n, heard_a, heard_b, R, RA, RB)
-            tl.store(lse + o_n, b_lse, mask=m_n)
+            store_split(heard + first * R, o_n, m_n, heard_a, heard_b, R, RA, RB)
+            tl.store(lse + first + o_n, b_lse, mask=m_n)
             b_gate = tl.load(gate).to(tl.float32)
             h_a = (h_a.to(tl.float32) + b_gate * heard_a).to(DTYPE)
             h_b = (h_b.to(tl.float32) + b_gate * heard_b).to(DTYPE)
         expand(
-            h_a, h_b, o_n, m_n, up_weight, up_bias, x, stride_x, residual, stride_r, out, D, R, RA, RB, True, ADD_RESIDUAL,
-            BLOCK_D, PRECISION,
+            h_a, h_b, o_n, m_n, up_weight, up_bias, x + first * stride_x, stride_x, residual + first * stride_r, stride_r, out +
+            first * D, D, R, RA, RB, True, ADD_RESIDUAL, BLOCK_D, PRECISION,
         )  # fmt: skip
 
 
@@ -166,23 +169,22 @@ def _up_bwd_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    o_n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < rows
-    g_a, g_b = to_rank(grad, stride_g, o_n, m_n, up_weight, 1, R, D, R, RA, RB, BLOCK_D, DTYPE, PRECISION)
-    store_split(d_exchanged, o_n, m_n, g_a, g_b, R, RA, RB)
+    first, o_n, m_n = row_block(tile, rows, BLOCK_N)
+    g_a, g_b = to_rank(grad + first * stride_g, stride_g, o_n, m_n, up_weight, 1, R, D, R, RA, RB, BLOCK_D, DTYPE, PRECISION)
+    store_split(d_exchanged + first * R, o_n, m_n, g_a, g_b, R, RA, RB)
     if LISTENS:
         # Of the rounded gradient, whose products with the scores' tiles it is compared with.
-        heard_a, heard_b = load_split(heard, o_n, m_n, R, RA, RB, tl.float32)
+        heard_a, heard_b = load_split(heard + first * R, o_n, m_n, R, RA, RB, tl.float32)
         b_delta = delta_of(g_a.to(DTYPE).to(tl.float32), g_b.to(DTYPE).to(tl.float32), heard_a, heard_b, RB)
-        tl.store(delta + o_n, b_delta, mask=m_n)
+        tl.store(delta + first + o_n, b_delta, mask=m_n)
     if NEEDS_WEIGHTS:
-        h_a, h_b = load_split(hidden, o_n, m_n, R, RA, RB, tl.float32)
+        h_a, h_b = load_split(hidden + first * R, o_n, m_n, R, RA, RB, tl.float32)
         if LISTENS:
             b_gate = tl.load(gate).to(tl.float32)
             h_a += b_gate * heard_a
             if RB > 0:
                 h_b += b_gate * heard_b
-        store_split(exchanged, o_n, m_n, h_a, h_b, R, RA, RB)
+        store_split(exchanged + first * R, o_n, m_n, h_a, h_b, R, RA, RB)
 
 
 @triton.jit(do_not_specialize=["rows0", "rows1"])
@@ -254,7 +256,7 @@ def av_adapter_fwd(
         row_grid(rows),
         *(*ends(rows), *strides(rows), *ends(down_weights), *ends(down_biases), *ends(hiddens)),
         *(len(rows[0]), len(rows[1]), channels),
-        candidates=row_candidates(dtype),
+        candidates=row_candidates(dtype, rank),
         **constants,
     )
     # Windows are short, so a program takes several of them one after another.
@@ -314,7 +316,7 @@ def av_adapter_bwd(
         row_grid(rows),
         *(*ends(grads), *strides(grads), *ends(up_weights), *ends(hiddens), *ends(heards), *ends(gates)),
         *(*ends(d_hiddens), *ends(exchanged or d_hiddens), *ends(deltas), len(rows[0]), len(rows[1]), channels),
-        candidates=row_candidates(dtype),
+        candidates=row_candidates(dtype, rank),
         **launch.split_rank(rank),
         LISTENS0=listens[0],
         LISTENS1=listens[1],

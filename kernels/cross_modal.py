@@ -16,25 +16,32 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import dot_ranks, dot_split, load_split, store_split, zeros_split
+from .primitives import dot_ranks, dot_split, load_split, row_block, store_split, zeros_split
 
 
 @triton.jit
 def token_rows(
     group, o_t, tokens, height, width, shift, SIZE: tl.constexpr
 ):  # fmt: skip
-    """Rows in memory of the tokens ``o_t`` of a group: of a frame (SIZE 0), or of a window after the cyclic roll by -shift."""
+    """Where the tokens ``o_t`` of a group lie: the row of their frame (64 bits), and their rows from there on.
+
+    A group is a frame (SIZE 0), or a window of a frame after the cyclic roll by -shift.
+    """
     if SIZE == 0:
-        rows = group * tokens + o_t
+        first = group * tokens
+        rows = o_t
     else:
         across = width // SIZE
-        windows = (height // SIZE) * across
-        window = group % windows
-        y = (window // across * SIZE + o_t // SIZE + shift) % height
-        x = (window % across * SIZE + o_t % SIZE + shift) % width
-        rows = group // windows * (height * width) + y * width + x
-    # Rows fit into 32 bits; rows times their width may not.
-    return rows.to(tl.int64)
+        windows = height // SIZE * across
+        window = (group % windows).to(tl.int32)
+        # Rolling comes down to one wrap round at the border.
+        y = window // across * SIZE + shift + o_t // SIZE
+        x = window % across * SIZE + shift + o_t % SIZE
+        y -= tl.where(y >= height, height, 0)
+        x -= tl.where(x >= width, width, 0)
+        first = group // windows * (height * width)
+        rows = y * width + x
+    return first, rows
 
 
 @triton.jit
@@ -64,8 +71,8 @@ def attend(
     for start in range(0, tokens, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
         m_m = o_m < tokens
-        rows = token_rows(group, o_m, tokens, height, width, shift, SIZE)
-        k_a, k_b = load_split(other, rows, m_m, R, RA, RB, DTYPE)
+        first, rows = token_rows(group, o_m, tokens, height, width, shift, SIZE)
+        k_a, k_b = load_split(other + first * R, rows, m_m, R, RA, RB, DTYPE)
         scores = dot_ranks(own_a, own_b, k_a, k_b, RB, PRECISION) * LOG2E
         scores = tl.where(m_m[None, :], scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
@@ -103,18 +110,18 @@ def _cross_modal_fwd_tile(
     BLOCK_M: tl.constexpr,
 ):
     tiles = tl.cdiv(tokens, BLOCK_N)
-    group = tile // tiles
-    o_t = (tile % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_t < tokens
-    o_n = token_rows(group, o_t, tokens, 0, 0, 0, 0)
-    own_a, own_b = load_split(own, o_n, m_n, R, RA, RB, tl.float32)
+    group = (tile // tiles).to(tl.int64)
+    o_n = (tile % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < tokens
+    first = group * tokens
+    own_a, own_b = load_split(own + first * R, o_n, m_n, R, RA, RB, tl.float32)
     heard_a, heard_b, b_lse = attend(
         own_a.to(DTYPE), own_b.to(DTYPE), other, group, other_tokens, 0, 0, 0, R, RA, RB, 0, DTYPE, PRECISION, BLOCK_N, BLOCK_M
     )  # fmt: skip
-    store_split(heard, o_n, m_n, heard_a, heard_b, R, RA, RB)
-    tl.store(lse + o_n, b_lse, mask=m_n)
+    store_split(heard + first * R, o_n, m_n, heard_a, heard_b, R, RA, RB)
+    tl.store(lse + first + o_n, b_lse, mask=m_n)
     b_gate = tl.load(gate).to(tl.float32)
-    store_split(out, o_n, m_n, own_a + b_gate * heard_a, own_b + b_gate * heard_b, R, RA, RB)
+    store_split(out + first * R, o_n, m_n, own_a + b_gate * heard_a, own_b + b_gate * heard_b, R, RA, RB)
 
 
 @triton.jit(do_not_specialize=["groups", "tokens_visual", "tokens_audio"])
@@ -173,20 +180,22 @@ def _cross_modal_bwd_tile(
     tiles = tl.cdiv(tokens, BLOCK_N)
     o_t = (tile % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_own_gate, b_other_gate = tl.load(own_gate).to(tl.float32), tl.load(other_gate).to(tl.float32)
-    for group in range(tile // tiles * GROUPS, tl.minimum((tile // tiles + 1) * GROUPS, groups)):
-        m_n = o_t < tokens
-        o_n = token_rows(group, o_t, tokens, height, width, shift, SIZE)
-        own_a, own_b = load_split(own, o_n, m_n, R, RA, RB, DTYPE)
-        grad_a, grad_b = load_split(own_grad, o_n, m_n, R, RA, RB, DTYPE)
+    m_n = o_t < tokens
+    lead = (tile // tiles).to(tl.int64) * GROUPS
+    for i in range(tl.minimum(groups - lead, GROUPS)):
+        group = lead + i
+        first, o_n = token_rows(group, o_t, tokens, height, width, shift, SIZE)
+        own_a, own_b = load_split(own + first * R, o_n, m_n, R, RA, RB, DTYPE)
+        grad_a, grad_b = load_split(own_grad + first * R, o_n, m_n, R, RA, RB, DTYPE)
         if TO_OWN:
-            b_own_lse = tl.load(own_lse + o_n, mask=m_n, other=0.0)
-            b_own_delta = tl.load(own_delta + o_n, mask=m_n, other=0.0)
+            b_own_lse = tl.load(own_lse + first + o_n, mask=m_n, other=0.0)
+            b_own_delta = tl.load(own_delta + first + o_n, mask=m_n, other=0.0)
         acc_a, acc_b = zeros_split(BLOCK_N, RA, RB)
         for start in range(0, other_tokens, BLOCK_M):
             o_u = start + tl.arange(0, BLOCK_M)
             m_m = o_u < other_tokens
-            o_m = token_rows(group, o_u, other_tokens, height, width, shift, SIZE)
-            other_a, other_b = load_split(other, o_m, m_m, R, RA, RB, DTYPE)
+            other_first, o_m = token_rows(group, o_u, other_tokens, height, width, shift, SIZE)
+            other_a, other_b = load_split(other + other_first * R, o_m, m_m, R, RA, RB, DTYPE)
             # One tile of scores serves both softmaxes; exp2 gives 0 beyond the last token.
             scores = tl.where(m_m[None, :], dot_ranks(own_a, own_b, other_a, other_b, RB, PRECISION) * LOG2E, float("-inf"))
             d_scores = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -194,16 +203,16 @@ def _cross_modal_bwd_tile(
                 p = tl.exp2(scores - b_own_lse[:, None])
                 d_scores += b_own_gate * p * (dot_ranks(grad_a, grad_b, other_a, other_b, RB, PRECISION) - b_own_delta[:, None])
             if TO_OTHER:
-                other_grad_a, other_grad_b = load_split(other_grad, o_m, m_m, R, RA, RB, DTYPE)
-                b_other_lse = tl.load(other_lse + o_m, mask=m_m, other=0.0)
-                b_other_delta = tl.load(other_delta + o_m, mask=m_m, other=0.0)
+                other_grad_a, other_grad_b = load_split(other_grad + other_first * R, o_m, m_m, R, RA, RB, DTYPE)
+                b_other_lse = tl.load(other_lse + other_first + o_m, mask=m_m, other=0.0)
+                b_other_delta = tl.load(other_delta + other_first + o_m, mask=m_m, other=0.0)
                 q = b_other_gate * tl.exp2(scores - b_other_lse[None, :])
                 d_scores += q * (dot_ranks(own_a, own_b, other_grad_a, other_grad_b, RB, PRECISION) - b_other_delta[None, :])
                 acc_a, acc_b = dot_split(q.to(DTYPE), other_grad_a, other_grad_b, acc_a, acc_b, RB, PRECISION)
             acc_a, acc_b = dot_split(d_scores.to(DTYPE), other_a, other_b, acc_a, acc_b, RB, PRECISION)
         # Read again rather than held in registers during the loop, and unrounded.
-        direct_a, direct_b = load_split(own_grad, o_n, m_n, R, RA, RB, tl.float32)
-        store_split(d_own, o_n, m_n, acc_a + direct_a, acc_b + direct_b, R, RA, RB)
+        direct_a, direct_b = load_split(own_grad + first * R, o_n, m_n, R, RA, RB, tl.float32)
+        store_split(d_own + first * R, o_n, m_n, acc_a + direct_a, acc_b + direct_b, R, RA, RB)
 
 
 @triton.jit(do_not_specialize=["groups", "tokens_visual", "tokens_audio", "height", "width", "shift"])
@@ -233,11 +242,10 @@ def _cross_modal_bwd_kernel(
 def _delta_tile(
     grad, heard, delta, rows, tile, R: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    o_n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < rows
-    g_a, g_b = load_split(grad, o_n, m_n, R, RA, RB, tl.float32)
-    h_a, h_b = load_split(heard, o_n, m_n, R, RA, RB, tl.float32)
-    tl.store(delta + o_n, delta_of(g_a, g_b, h_a, h_b, RB), mask=m_n)
+    first, o_n, m_n = row_block(tile, rows, BLOCK_N)
+    g_a, g_b = load_split(grad + first * R, o_n, m_n, R, RA, RB, tl.float32)
+    h_a, h_b = load_split(heard + first * R, o_n, m_n, R, RA, RB, tl.float32)
+    tl.store(delta + first + o_n, delta_of(g_a, g_b, h_a, h_b, RB), mask=m_n)
 
 
 @triton.jit
@@ -282,14 +290,15 @@ def tile_candidates(x: Tensor, tokens: int, *, backward: bool) -> list[launch.Co
 
     if x.dtype == torch.float32:
         return [config(32, 32, 4, 1)]
+    # The defaults are the widest tiles whose accumulators and operands fit into the registers without spills, as compiled ahead
+    # of time; where two did, the one that lets more blocks share a multiprocessor.
     if launch.capability(x)[0] == 8:
-        # Ampere's accumulators and operands share the registers: wider tiles spill in the backward.
-        return [config(32, 32, 4, 2), config(64, 32, 8, 2)] if backward else [config(64, 32, 4, 2), config(128, 32, 8, 2)]
+        return [config(32, 32, 4, 2), config(64, 32, 8, 2)] if backward else [config(64, 32, 4, 2), config(128, 64, 8, 2)]
     if tokens <= 64:
-        return [config(64, 64, 4, 2), config(64, 32, 4, 2)]
+        return [config(64, 32, 4, 1 if backward else 2), config(64, 64, 4, 1)]
     if backward:
-        return [config(64, 64, 4, 2), config(128, 64, 8, 2), config(64, 32, 4, 2)]
-    return [config(128, 64, 8, 2), config(64, 64, 4, 3), config(128, 128, 8, 2), config(64, 128, 4, 2)]
+        return [config(64, 32, 4, 2), config(128, 64, 8, 2), config(128, 32, 8, 2)]
+    return [config(64, 64, 4, 2), config(128, 64, 8, 2), config(64, 64, 4, 3), config(64, 128, 4, 2)]
 
 
 def listening(fusion: str) -> tuple[bool, bool]:

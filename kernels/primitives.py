@@ -15,6 +15,17 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def row_block(tile, rows, BLOCK_N: tl.constexpr):
+    """First row of a block (64 bits), its rows from there on (32 bits), and which of them there are.
+
+    Pointers advance by the first row once, so that the tiles' own offsets need a register each, not two.
+    """
+    first = tile.to(tl.int64) * BLOCK_N
+    o_n = tl.arange(0, BLOCK_N)
+    return first, o_n, o_n < rows - first
+
+
+@triton.jit
 def gelu(z):
     """Exact GELU in float32."""
     return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
