@@ -290,12 +290,13 @@ def _candidates(*sizes: tuple[int, int, int, int]) -> list[launch.Config]:
     return [{"BLOCK_N": n, "BLOCK_D": d, "num_warps": warps, "num_stages": stages} for n, d, warps, stages in sizes]
 
 
-def row_candidates(dtype: torch.dtype, rank: int) -> list[launch.Config]:
-    """Configurations of a kernel that takes rows from D to r and back, by the dtype of its products."""
+def row_candidates(x: Tensor, dtype: torch.dtype, rank: int) -> list[launch.Config]:
+    """Configurations of a kernel that takes rows from D to r and back, by card, rank and the dtype of its products."""
     if dtype == torch.float32:
         return _candidates((32, 32, 4, 2), (64, 32, 8, 2))
     # Two accumulators of 64 x 128 want the registers of eight warps.
     narrow = _candidates((64, 64, 4, 2), (64, 32, 4, 3))
+    narrow = narrow if launch.capability(x)[0] < 10 else narrow[::-1]
     wide = _candidates((64, 64, 8, 2), (128, 64, 8, 2), (32, 64, 4, 2))
     return [*narrow, *wide] if rank <= 96 else [*wide, *narrow]
 
@@ -345,7 +346,7 @@ def adapter_fwd(
         *(*ends(xs), *strides(xs), *ends(added), *strides(added)),
         *(*ends(down_weights), *ends(down_biases), *ends(up_weights), *ends(up_biases)),
         *(*ends(outs), len(xs[0]), len(xs[-1]), channels),
-        candidates=row_candidates(dtype, rank),
+        candidates=row_candidates(xs[0], dtype, rank),
         **launch.split_rank(rank),
         STREAMS=len(xs),
         ADD_RESIDUAL=bool(residuals),
@@ -407,7 +408,7 @@ def down_bwd(
         # A kernel never touches what its flags say it need not; any tensor stands in for it.
         *(*ends(hidden_grads or xs), *ends(hiddens or xs), *ends(dzs or xs), *ends(dxs or xs)),
         *(len(xs[0]), len(xs[-1]), channels),
-        candidates=row_candidates(dtype, rank),
+        candidates=row_candidates(xs[0], dtype, rank),
         **launch.split_rank(rank),
         STREAMS=len(xs),
         ACROSS=across,

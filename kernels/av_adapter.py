@@ -102,7 +102,7 @@ def _av_adapter_fwd_tile(
     o_t = (tile % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_t < tokens
     lead = (tile // tiles).to(tl.int64) * GROUPS
-    for i in range(tl.minimum(groups - lead, GROUPS)):
+    for i in tl.range(0, tl.minimum(groups - lead, GROUPS), disable_licm=True):
         group = lead + i
         first, o_n = token_rows(group, o_t, tokens, height, width, shift, SIZE)
         h_a, h_b = load_split(own + first * R, o_n, m_n, R, RA, RB, DTYPE)
@@ -256,7 +256,7 @@ def av_adapter_fwd(
         row_grid(rows),
         *(*ends(rows), *strides(rows), *ends(down_weights), *ends(down_biases), *ends(hiddens)),
         *(len(rows[0]), len(rows[1]), channels),
-        candidates=row_candidates(dtype, rank),
+        candidates=row_candidates(rows[0], dtype, rank),
         **constants,
     )
     # Windows are short, so a program takes several of them one after another.
@@ -270,7 +270,8 @@ def av_adapter_fwd(
         *(*ends(up_weights), *ends(up_biases), *ends(outs), *ends(heards), *ends(lses), groups, n, m),
         *(height, width, shift, channels),
         candidates=[
-            {**c, "BLOCK_D": 32 if dtype == torch.float32 else 64, "GROUPS": together}
+            {**c, "BLOCK_D": block, "GROUPS": together}
+            for block in ((32,) if dtype == torch.float32 else (32, 64) if size and rank <= 96 else (64, 32))
             for c in tile_candidates(hiddens[0], max(n, m), backward=False)
         ],
         **constants,
@@ -316,7 +317,7 @@ def av_adapter_bwd(
         row_grid(rows),
         *(*ends(grads), *strides(grads), *ends(up_weights), *ends(hiddens), *ends(heards), *ends(gates)),
         *(*ends(d_hiddens), *ends(exchanged or d_hiddens), *ends(deltas), len(rows[0]), len(rows[1]), channels),
-        candidates=row_candidates(dtype, rank),
+        candidates=row_candidates(rows[0], dtype, rank),
         **launch.split_rank(rank),
         LISTENS0=listens[0],
         LISTENS1=listens[1],

@@ -145,6 +145,71 @@ def _cross_modal_fwd_kernel(
 
 
 @triton.jit
+def _cross_modal_bwd_group(
+    own,  # [G * n, R]
+    other,  # [G * m, R]
+    own_grad,  # [G * n, R]
+    other_grad,  # [G * m, R]
+    own_gate,  # [1]
+    other_gate,  # [1]
+    own_lse,  # [G * n]
+    other_lse,  # [G * m]
+    own_delta,  # [G * n]
+    other_delta,  # [G * m]
+    d_own,  # [G * n, R]
+    group,
+    tokens,
+    other_tokens,
+    height,
+    width,
+    shift,
+    o_t,
+    R: tl.constexpr,
+    RA: tl.constexpr,
+    RB: tl.constexpr,
+    TO_OWN: tl.constexpr,
+    TO_OTHER: tl.constexpr,
+    SIZE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    LOG2E: tl.constexpr = 1.4426950408889634
+    b_own_gate, b_other_gate = tl.load(own_gate).to(tl.float32), tl.load(other_gate).to(tl.float32)
+    m_n = o_t < tokens
+    first, o_n = token_rows(group, o_t, tokens, height, width, shift, SIZE)
+    own_a, own_b = load_split(own + first * R, o_n, m_n, R, RA, RB, DTYPE)
+    grad_a, grad_b = load_split(own_grad + first * R, o_n, m_n, R, RA, RB, DTYPE)
+    if TO_OWN:
+        b_own_lse = tl.load(own_lse + first + o_n, mask=m_n, other=0.0)
+        b_own_delta = tl.load(own_delta + first + o_n, mask=m_n, other=0.0)
+    acc_a, acc_b = zeros_split(BLOCK_N, RA, RB)
+    for start in range(0, other_tokens, BLOCK_M):
+        o_u = start + tl.arange(0, BLOCK_M)
+        m_m = o_u < other_tokens
+        other_first, o_m = token_rows(group, o_u, other_tokens, height, width, shift, SIZE)
+        other_a, other_b = load_split(other + other_first * R, o_m, m_m, R, RA, RB, DTYPE)
+        # One tile of scores serves both softmaxes; exp2 gives 0 beyond the last token.
+        scores = tl.where(m_m[None, :], dot_ranks(own_a, own_b, other_a, other_b, RB, PRECISION) * LOG2E, float("-inf"))
+        d_scores = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        if TO_OWN:
+            p = tl.exp2(scores - b_own_lse[:, None])
+            d_scores += b_own_gate * p * (dot_ranks(grad_a, grad_b, other_a, other_b, RB, PRECISION) - b_own_delta[:, None])
+        if TO_OTHER:
+            other_grad_a, other_grad_b = load_split(other_grad + other_first * R, o_m, m_m, R, RA, RB, DTYPE)
+            b_other_lse = tl.load(other_lse + other_first + o_m, mask=m_m, other=0.0)
+            b_other_delta = tl.load(other_delta + other_first + o_m, mask=m_m, other=0.0)
+            q = b_other_gate * tl.exp2(scores - b_other_lse[None, :])
+            d_scores += q * (dot_ranks(own_a, own_b, other_grad_a, other_grad_b, RB, PRECISION) - b_other_delta[None, :])
+            acc_a, acc_b = dot_split(q.to(DTYPE), other_grad_a, other_grad_b, acc_a, acc_b, RB, PRECISION)
+        acc_a, acc_b = dot_split(d_scores.to(DTYPE), other_a, other_b, acc_a, acc_b, RB, PRECISION)
+    # Read again rather than held in registers during the loop, and unrounded.
+    direct_a, direct_b = load_split(own_grad + first * R, o_n, m_n, R, RA, RB, tl.float32)
+    store_split(d_own + first * R, o_n, m_n, acc_a + direct_a, acc_b + direct_b, R, RA, RB)
+
+
+@triton.jit
 def _cross_modal_bwd_tile(
     own,  # [G * n, R]
     other,  # [G * m, R]
@@ -176,43 +241,23 @@ def _cross_modal_bwd_tile(
     BLOCK_M: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    LOG2E: tl.constexpr = 1.4426950408889634
     tiles = tl.cdiv(tokens, BLOCK_N)
     o_t = (tile % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    b_own_gate, b_other_gate = tl.load(own_gate).to(tl.float32), tl.load(other_gate).to(tl.float32)
-    m_n = o_t < tokens
     lead = (tile // tiles).to(tl.int64) * GROUPS
-    for i in range(tl.minimum(groups - lead, GROUPS)):
-        group = lead + i
-        first, o_n = token_rows(group, o_t, tokens, height, width, shift, SIZE)
-        own_a, own_b = load_split(own + first * R, o_n, m_n, R, RA, RB, DTYPE)
-        grad_a, grad_b = load_split(own_grad + first * R, o_n, m_n, R, RA, RB, DTYPE)
-        if TO_OWN:
-            b_own_lse = tl.load(own_lse + first + o_n, mask=m_n, other=0.0)
-            b_own_delta = tl.load(own_delta + first + o_n, mask=m_n, other=0.0)
-        acc_a, acc_b = zeros_split(BLOCK_N, RA, RB)
-        for start in range(0, other_tokens, BLOCK_M):
-            o_u = start + tl.arange(0, BLOCK_M)
-            m_m = o_u < other_tokens
-            other_first, o_m = token_rows(group, o_u, other_tokens, height, width, shift, SIZE)
-            other_a, other_b = load_split(other + other_first * R, o_m, m_m, R, RA, RB, DTYPE)
-            # One tile of scores serves both softmaxes; exp2 gives 0 beyond the last token.
-            scores = tl.where(m_m[None, :], dot_ranks(own_a, own_b, other_a, other_b, RB, PRECISION) * LOG2E, float("-inf"))
-            d_scores = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            if TO_OWN:
-                p = tl.exp2(scores - b_own_lse[:, None])
-                d_scores += b_own_gate * p * (dot_ranks(grad_a, grad_b, other_a, other_b, RB, PRECISION) - b_own_delta[:, None])
-            if TO_OTHER:
-                other_grad_a, other_grad_b = load_split(other_grad + other_first * R, o_m, m_m, R, RA, RB, DTYPE)
-                b_other_lse = tl.load(other_lse + other_first + o_m, mask=m_m, other=0.0)
-                b_other_delta = tl.load(other_delta + other_first + o_m, mask=m_m, other=0.0)
-                q = b_other_gate * tl.exp2(scores - b_other_lse[None, :])
-                d_scores += q * (dot_ranks(own_a, own_b, other_grad_a, other_grad_b, RB, PRECISION) - b_other_delta[None, :])
-                acc_a, acc_b = dot_split(q.to(DTYPE), other_grad_a, other_grad_b, acc_a, acc_b, RB, PRECISION)
-            acc_a, acc_b = dot_split(d_scores.to(DTYPE), other_a, other_b, acc_a, acc_b, RB, PRECISION)
-        # Read again rather than held in registers during the loop, and unrounded.
-        direct_a, direct_b = load_split(own_grad + first * R, o_n, m_n, R, RA, RB, tl.float32)
-        store_split(d_own + first * R, o_n, m_n, acc_a + direct_a, acc_b + direct_b, R, RA, RB)
+    if GROUPS == 1:
+        _cross_modal_bwd_group(
+            own, other, own_grad, other_grad, own_gate, other_gate, own_lse, other_lse, own_delta, other_delta, d_own, lead,
+            tokens, other_tokens, height, width, shift, o_t, R, RA, RB, TO_OWN, TO_OTHER, SIZE, DTYPE, PRECISION, BLOCK_N,
+            BLOCK_M,
+        )  # fmt: skip
+    else:
+        # What the compiler would take out of this loop it would have to hold in registers, of which there are none left.
+        for i in tl.range(0, tl.minimum(groups - lead, GROUPS), disable_licm=True):
+            _cross_modal_bwd_group(
+                own, other, own_grad, other_grad, own_gate, other_gate, own_lse, other_lse, own_delta, other_delta, d_own, lead
+                + i, tokens, other_tokens, height, width, shift, o_t, R, RA, RB, TO_OWN, TO_OTHER, SIZE, DTYPE, PRECISION,
+                BLOCK_N, BLOCK_M,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["groups", "tokens_visual", "tokens_audio", "height", "width", "shift"])
@@ -283,22 +328,27 @@ def _cross_modal_bwd_delta_kernel(
 
 
 def tile_candidates(x: Tensor, tokens: int, *, backward: bool) -> list[launch.Config]:
-    """Blocks of own rows (BLOCK_N) and of the other stream's (BLOCK_M), by dtype, card and tokens of a group."""
+    """Blocks of own rows (BLOCK_N) and of the other stream's (BLOCK_M), by dtype, rank, card and tokens of a group.
 
-    def config(n: int, m: int, warps: int, stages: int) -> launch.Config:
-        return {"BLOCK_N": n, "BLOCK_M": m, "num_warps": warps, "num_stages": stages}
+    The defaults are the widest tiles that compile without spilled registers, and of those the ones of which more fit on a
+    multiprocessor.
+    """
+
+    def configs(*sizes: tuple[int, int, int, int]) -> list[launch.Config]:
+        return [{"BLOCK_N": n, "BLOCK_M": m, "num_warps": warps, "num_stages": stages} for n, m, warps, stages in sizes]
 
     if x.dtype == torch.float32:
-        return [config(32, 32, 4, 1)]
-    # The defaults are the widest tiles whose accumulators and operands fit into the registers without spills, as compiled ahead
-    # of time; where two did, the one that lets more blocks share a multiprocessor.
-    if launch.capability(x)[0] == 8:
-        return [config(32, 32, 4, 2), config(64, 32, 8, 2)] if backward else [config(64, 32, 4, 2), config(128, 64, 8, 2)]
-    if tokens <= 64:
-        return [config(64, 32, 4, 1 if backward else 2), config(64, 64, 4, 1)]
+        return configs((32, 32, 4, 1))
+    windows, wide = tokens <= 64, x.shape[-1] > 96
+    if launch.capability(x)[0] == 8 or (backward and windows and wide):
+        if backward:
+            return configs((32, 32, 8, 2), (32, 32, 4, 2)) if windows else configs((32, 32, 4, 2), (64, 32, 8, 2))
+        return configs((64, 64, 8, 2), (64, 32, 8, 2)) if wide else configs((64, 32, 4, 2), (128, 64, 8, 2))
+    if windows:
+        return configs((64, 64, 8, 1)) if wide else configs((64, 32, 4, 1), (64, 64, 4, 1))
     if backward:
-        return [config(64, 32, 4, 2), config(128, 64, 8, 2), config(128, 32, 8, 2)]
-    return [config(64, 64, 4, 2), config(128, 64, 8, 2), config(64, 64, 4, 3), config(64, 128, 4, 2)]
+        return configs((64, 32, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2))
+    return configs((64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2))
 
 
 def listening(fusion: str) -> tuple[bool, bool]:
