@@ -340,10 +340,12 @@ def tile_candidates(x: Tensor, tokens: int, *, backward: bool) -> list[launch.Co
     if x.dtype == torch.float32:
         return configs((32, 32, 4, 1))
     windows, wide = tokens <= 64, x.shape[-1] > 96
-    if launch.capability(x)[0] == 8 or (backward and windows and wide):
+    if launch.capability(x)[0] == 8:
         if backward:
-            return configs((32, 32, 8, 2), (32, 32, 4, 2)) if windows else configs((32, 32, 4, 2), (64, 32, 8, 2))
+            return configs((32, 16, 4, 2), (16, 32, 4, 2), (32, 32, 4, 2))
         return configs((64, 64, 8, 2), (64, 32, 8, 2)) if wide else configs((64, 32, 4, 2), (128, 64, 8, 2))
+    if windows and backward:
+        return configs((32, 32, 4, 2), (32, 32, 8, 2)) if wide else configs((64, 32, 4, 1), (64, 32, 4, 2))
     if windows:
         return configs((64, 64, 8, 1)) if wide else configs((64, 32, 4, 1), (64, 64, 4, 1))
     if backward:
