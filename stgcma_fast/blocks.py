@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import ops
+from .ops.adapter import adapters
 from .ops.dispatch import Impl
+from .ops.layer_norm import packed_layer_norm
 from .ops.linear import linear
 from .ops.stream import piece_size, stream
 from .reference.adapter import AdapterParams
@@ -61,15 +63,10 @@ class Runner(NamedTuple):
     checkpointing: bool
 
 
-def _pack(xs: Sequence[Tensor]) -> Tensor:
-    """Tensors ``[..., D]`` to one ``[rows, D]``, one behind the other."""
-    return torch.cat([x.flatten(0, -2) for x in xs]) if len(xs) > 1 else xs[0].flatten(0, -2)
-
-
 def _unpack(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse of `_pack`, to the leading shapes of ``like``."""
+    """Packed rows to the leading shapes of ``like``, as views."""
     parts = rows.split([x.shape[:-1].numel() for x in like]) if len(like) > 1 else [rows]
-    return [part.view(*x.shape[:-1], -1) for part, x in zip(parts, like, strict=True)]
+    return [part.view(*x.shape[:-1], *rows.shape[1:]) for part, x in zip(parts, like, strict=True)]
 
 
 def _fold(params: AdapterParams, proj: Affine) -> AdapterParams:
@@ -89,10 +86,21 @@ def _drop_mask(block: Block, x: Tensor, shape: tuple[int, ...]) -> Tensor | None
     return torch.empty(shape, dtype=dtype, device=x.device).bernoulli_(keep).div_(keep)
 
 
+def _piece_size(layers: FrozenLayers, runner: Runner, x: Tensor, dim: int, widening: int) -> int | None:
+    """How many indices along ``dim`` a frozen step takes at a time; None for all of them, of all streams."""
+    # Triton's kernels take both streams at once and keep no wide intermediate anyhow.
+    return None if layers.trained or runner.impl == "triton" else piece_size(x, dim, widening)
+
+
+def _packed_qkv(layers: FrozenLayers, xs: Sequence[Tensor], impl: Impl) -> Tensor:
+    """``[..., D]`` each to packed rows ``[rows, 3, h, d]``."""
+    normed = packed_layer_norm(xs, *layers.norm1, impl=impl)
+    return linear(normed, *layers.qkv).unflatten(-1, (3, layers.heads, -1))
+
+
 def _qkv(layers: FrozenLayers, xs: Sequence[Tensor], impl: Impl) -> list[Tensor]:
-    """``[..., D]`` each to ``[..., 3, h, d]``."""
-    normed = _pack([ops.layer_norm(x, *layers.norm1, impl=impl) for x in xs])
-    return [y.unflatten(-1, (3, layers.heads, -1)) for y in _unpack(linear(normed, *layers.qkv), xs)]
+    """``[..., D]`` each to ``[..., 3, h, d]``, views of one tensor."""
+    return _unpack(_packed_qkv(layers, xs, impl), xs)
 
 
 def _temporal(block: Block, layers: FrozenLayers, streams: Streams, runner: Runner) -> Streams:
@@ -106,28 +114,39 @@ def _temporal(block: Block, layers: FrozenLayers, streams: Streams, runner: Runn
         if runner.fold_temporal:
             params = {m: _fold(p, layers.proj) for m, p in params.items()}
 
-    def finish(x: Tensor, qkv: Tensor, mask: Tensor | None, bias: Tensor | None, weights: AdapterParams | None) -> Tensor:
-        attended = ops.temporal_attention(qkv, bias, scale=qkv.shape[-1] ** -0.5, impl=runner.impl)
-        if weights is None or not runner.fold_temporal:
-            attended = linear(attended, *layers.proj)
-        if weights is not None and mask is None:
-            return ops.adapter(attended, weights, x, impl=runner.impl)
-        y = attended if weights is None else ops.adapter(attended, weights, impl=runner.impl)
-        return x + (y if mask is None else y * mask)
+    def finish(
+        xs: Sequence[Tensor],
+        qkvs: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        biases: Sequence[Tensor | None],
+        weights: Sequence[AdapterParams | None],
+    ) -> list[Tensor]:
+        ys = [
+            ops.temporal_attention(qkv, bias, scale=qkv.shape[-1] ** -0.5, impl=runner.impl)
+            for qkv, bias in zip(qkvs, biases, strict=True)
+        ]
+        has_adapters = weights[0] is not None
+        if not (has_adapters and runner.fold_temporal):
+            ys = [linear(y, *layers.proj) for y in ys]
+        if has_adapters and masks[0] is None:
+            return adapters(ys, weights, xs, impl=runner.impl)
+        if has_adapters:
+            ys = adapters(ys, weights, [None] * len(ys), impl=runner.impl)
+        return [x + (y if mask is None else y * mask) for x, y, mask in zip(xs, ys, masks, strict=True)]
 
     def piece(x: Tensor, mask: Tensor | None, *shared: Tensor) -> Tensor:
         used = 4 * block.config.use_temporal
         weights, bias = shared[:used], shared[used:]
-        (qkv,) = _qkv(layers, [x], runner.impl)
-        return finish(x, qkv, mask, bias[0] if bias else None, AdapterParams(*weights) if weights else None)
+        qkvs = _qkv(layers, [x], runner.impl)
+        (y,) = finish([x], qkvs, [mask], [bias[0] if bias else None], [AdapterParams(*weights) if weights else None])
+        return y
 
     streams = dict(streams)
-    size = None if layers.trained else piece_size(streams[adapted[0]], 2, 3)
+    size = _piece_size(layers, runner, streams[adapted[0]], 2, 3)
     if size is None:
         xs = [streams[m] for m in adapted]
-        qkvs = _qkv(layers, xs, runner.impl)
-        done = {m: finish(x, qkv, masks[m], biases[m], params[m]) for m, x, qkv in zip(adapted, xs, qkvs, strict=True)}
-        return streams | done
+        chosen = ([of[m] for m in adapted] for of in (masks, biases, params))
+        return streams | dict(zip(adapted, finish(xs, _qkv(layers, xs, runner.impl), *chosen), strict=True))
     for m in adapted:
         shared = [*(params[m] or ()), *([] if biases[m] is None else [biases[m]])]
         streams[m] = stream(piece, streams[m], *shared, dim=2, size=size, along=masks[m])
@@ -135,36 +154,49 @@ def _temporal(block: Block, layers: FrozenLayers, streams: Streams, runner: Runn
 
 
 def _frozen_step(
-    inner: Callable[[Sequence[Tensor]], Tensor], tail: Affine, streams: Streams, widening: int, trained: bool
+    inner: Callable[[Sequence[Tensor]], list[Tensor]],
+    layers: FrozenLayers,
+    tail: Affine,
+    streams: Streams,
+    widening: int,
+    runner: Runner,
 ) -> Streams:
-    """``linear(inner(xs), *tail)``: all streams packed, or one piece of a stream at a time. ``inner`` gives packed rows."""
+    """``linear(inner(xs), *tail)``: all streams at once, or one piece of a stream at a time.
+
+    ``inner`` gives the rows of all streams in one tensor or, where they come apart, in one for each.
+    """
     xs = list(streams.values())
-    size = None if trained else piece_size(xs[0], 0, widening)
-    if size is None:
-        ys = _unpack(linear(inner(xs), *tail), xs)
-    else:
-        ys = [stream(lambda x, _: _unpack(inner([x]), [x])[0], x, dim=0, size=size, tail=tail) for x in xs]
+    size = _piece_size(layers, runner, xs[0], 0, widening)
+    if size is not None:
+        ys = [stream(lambda x, _: _unpack(*inner([x]), [x])[0], x, dim=0, size=size, tail=tail) for x in xs]
+        return dict(zip(streams, ys, strict=True))
+    done = [linear(rows, *tail) for rows in inner(xs)]
+    ys = _unpack(done[0], xs) if len(done) == 1 else [_unpack(y, [x])[0] for y, x in zip(done, xs, strict=True)]
     return dict(zip(streams, ys, strict=True))
 
 
 def spatial_step(layers: FrozenLayers, streams: Streams, runner: Runner) -> Streams:
     """``X_med = MHSA(LN(X_s))``, equations 8 and 9, for streams ``[F, S, D]``."""
 
-    def inner(xs: Sequence[Tensor]) -> Tensor:
-        return _pack([layers.attention(qkv) for qkv in _qkv(layers, xs, runner.impl)])
+    def inner(xs: Sequence[Tensor]) -> list[Tensor]:
+        packed = _packed_qkv(layers, xs, runner.impl)
+        if all(x.shape == xs[0].shape for x in xs):
+            # Frames of one size: those of all streams are one batch.
+            return [layers.attention(packed.unflatten(0, (-1, xs[0].shape[1]))).flatten(0, 1)]
+        return [layers.attention(qkv).flatten(0, 1) for qkv in _unpack(packed, xs)]
 
-    return _frozen_step(inner, layers.proj, streams, 3, layers.trained)
+    return _frozen_step(inner, layers, layers.proj, streams, 3, runner)
 
 
 def global_step(layers: FrozenLayers, streams: Streams, runner: Runner) -> Streams:
     """``X_med = FFN(LN(X))``, equations 12 and 13, for streams ``[..., D]``."""
 
-    def inner(xs: Sequence[Tensor]) -> Tensor:
-        normed = _pack([ops.layer_norm(x, *layers.norm2, impl=runner.impl) for x in xs])
-        return layers.activation(linear(normed, *layers.fc1))
+    def inner(xs: Sequence[Tensor]) -> list[Tensor]:
+        normed = packed_layer_norm(xs, *layers.norm2, impl=runner.impl)
+        return [layers.activation(linear(normed, *layers.fc1))]
 
     rows = {m: x.flatten(0, -2) for m, x in streams.items()}
-    done = _frozen_step(inner, layers.fc2, rows, 4, layers.trained)
+    done = _frozen_step(inner, layers, layers.fc2, rows, 4, runner)
     return {m: done[m].view_as(x) for m, x in streams.items()}
 
 

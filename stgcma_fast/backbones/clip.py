@@ -20,7 +20,7 @@ def frozen_layers(block: ClipBlock, impl: Impl) -> FrozenLayers:
         fc1=(block.mlp.c_fc.weight, block.mlp.c_fc.bias),
         fc2=(block.mlp.c_proj.weight, block.mlp.c_proj.bias),
         heads=block.heads,
-        activation=block.mlp.gelu,
+        activation=lambda x: ops.gelu(x, quick=True, impl=impl),
         attention=lambda qkv: ops.spatial_attention(qkv, scale=qkv.shape[-1] ** -0.5, impl=impl),
         temporal_bias=lambda modality: None,
         drop_shape=lambda x: (1, 1, x.shape[2], 1),
@@ -32,5 +32,5 @@ def features(model: nn.Module, images: Streams, runner: Runner) -> Streams:
     streams = clip_embeddings(model, images)
     for block in model.transformer.resblocks:
         streams = run_block(frozen_layers, block, streams, runner)
-    norm = model.ln_post
-    return {m: ops.layer_norm(x[:, :, 0], norm.weight, norm.bias, impl=runner.impl).flatten(0, 1) for m, x in streams.items()}
+    # Trained, and of one token a frame: part of the head, not of the frozen trunk that has kernels of its own.
+    return {m: model.ln_post(x[:, :, 0]).flatten(0, 1) for m, x in streams.items()}

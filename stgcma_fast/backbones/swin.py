@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..blocks import FrozenLayers, Runner, Streams, run_block
 from ..ops.dispatch import Impl
+from ..ops.layer_norm import packed_layer_norm
 from ..ops.linear import linear
 from ..reference.model import PatchMerging, SwinBlock
 
@@ -35,7 +36,7 @@ def frozen_layers(block: SwinBlock, impl: Impl) -> FrozenLayers:
         fc1=(block.mlp.fc1.weight, block.mlp.fc1.bias),
         fc2=(block.mlp.fc2.weight, block.mlp.fc2.bias),
         heads=block.attn.heads,
-        activation=block.mlp.act,
+        activation=lambda x: ops.gelu(x, quick=False, impl=impl),
         attention=attention,
         temporal_bias=block.attn.temporal_bias,
         drop_shape=lambda x: (x.shape[0], 1, x.shape[2], 1),
@@ -43,11 +44,11 @@ def frozen_layers(block: SwinBlock, impl: Impl) -> FrozenLayers:
     )
 
 
-def _merge(layer: PatchMerging, x: Tensor, side: int, impl: Impl) -> Tensor:
+def _merge(layer: PatchMerging, streams: Streams, side: int, impl: Impl) -> Streams:
     """2 x 2 neighbours to one token: ``[B, T, S, C]`` to ``[B, T, S / 4, 2 C]``."""
-    grid = x.unflatten(2, (side // 2, 2, side // 2, 2)).permute(0, 1, 2, 4, 5, 3, 6)
-    normed = ops.layer_norm(grid.flatten(4).flatten(2, 3), layer.norm.weight, layer.norm.bias, impl=impl)
-    return linear(normed, layer.reduction.weight)
+    normed = packed_layer_norm(list(streams.values()), layer.norm.weight, layer.norm.bias, side=side, impl=impl)
+    rows = linear(normed, layer.reduction.weight).chunk(len(streams))
+    return {m: y.view(*x.shape[:2], -1, y.shape[-1]) for (m, x), y in zip(streams.items(), rows, strict=True)}
 
 
 def features(model: nn.Module, images: Streams, runner: Runner) -> Streams:
@@ -59,6 +60,6 @@ def features(model: nn.Module, images: Streams, runner: Runner) -> Streams:
             streams = run_block(frozen_layers, block, streams, runner)
         if layer.downsample is not None:
             side = model.config.backbone.resolution(stage)
-            streams = {m: _merge(layer.downsample, x, side, runner.impl) for m, x in streams.items()}
+            streams = _merge(layer.downsample, streams, side, runner.impl)
     norm = model.norm
     return {m: ops.layer_norm(x, norm.weight, norm.bias, impl=runner.impl).mean(2).flatten(0, 1) for m, x in streams.items()}

@@ -13,7 +13,10 @@ from torch import Tensor
 
 Impl = Literal["auto", "triton", "torch", "reference"]
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+try:
+    HAS_TRITON = importlib.util.find_spec("triton") is not None
+except ImportError:
+    HAS_TRITON = False
 # Triton reads this variable when it is imported; afterwards kernels run on the CPU, in numpy, for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,10 +70,14 @@ def _triton_refusals(x: Tensor) -> Iterator[str]:
         yield f"its kernels need a CUDA device, got {x.device.type} (for tests: TRITON_INTERPRET=1 in the environment)"
 
 
-def check_impl(impl: str) -> None:
-    """Raise ValueError for an unknown name, NotImplementedError for one that no operator can have on this machine."""
+def _check_name(impl: str) -> None:
     if impl not in get_args(Impl):
         raise ValueError(f"impl: got {impl!r}, allowed are {', '.join(map(repr, get_args(Impl)))}")
+
+
+def check_impl(impl: str) -> None:
+    """Raise ValueError for an unknown name, NotImplementedError for one that no operator can have on this machine."""
+    _check_name(impl)
     if impl == "triton" and not HAS_TRITON:
         raise NotImplementedError("impl='triton' was asked for, but triton is not installed")
 
@@ -84,7 +91,7 @@ def select(op: str, impl: Impl, *args: Any, **kwargs: Any) -> Callable:
         ValueError: an unknown name.
         NotImplementedError: the implementation asked for cannot serve this call; the text gives every reason.
     """
-    check_impl(impl)
+    _check_name(impl)
     chosen = impl
     if impl == "auto":
         chosen = "torch"

@@ -34,40 +34,57 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, im
     return select("layer_norm", impl, x, weight, bias, eps)(x, weight, bias, eps)
 
 
-def packed_layer_norm(xs: Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float = 1e-5, *, impl: Impl = "auto") -> Tensor:
+def packed_layer_norm(
+    xs: Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float = 1e-5, *, side: int | None = None, impl: Impl = "auto"
+) -> Tensor:
     """`layer_norm` of one or two streams ``[..., D]``, for a linear layer: rows ``[rows, D]``, one stream behind the other.
 
     Under autocast the rows are in the autocast dtype, to which the linear layer would round them.
+
+    Args:
+        xs: ``[..., D]`` each; with ``side``, ``[..., side * side, C]``.
+        weight, bias: ``[D]``; with ``side``, D = 4 C.
+        eps: added to the (biased) variance.
+        side: of a square grid of tokens, even. A row is then four neighbours, 2 x 2, as Swin merges them.
+        impl: which implementation serves; anything but "auto" runs as asked or raises.
     """
     serving = select("layer_norm", impl, xs[0], weight, bias, eps)
     if serving is _triton:
-        return _LayerNorm.apply(weight, bias, eps, product_dtype(xs[0]), *(x.flatten(0, -2) for x in xs))
-    rows = [serving(x, weight, bias, eps).flatten(0, -2) for x in xs]
+        return _LayerNorm.apply(weight, bias, eps, side or 0, product_dtype(xs[0]), *(x.flatten(0, -2) for x in xs))
+    rows = [serving(x if side is None else _neighbours(x, side), weight, bias, eps).flatten(0, -2) for x in xs]
     return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
-def _fwd_fake(xs, weight, bias, eps, dtype):
-    rows = sum(x.shape[0] for x in xs)
-    y = xs[0].new_empty(rows, xs[0].shape[1], dtype=dtype)
+def _neighbours(x: Tensor, side: int) -> Tensor:
+    """``[..., side * side, C]`` to ``[..., side * side / 4, 4 C]``: 2 x 2 tokens in one, columns of the grid first."""
+    grid = x.flatten(0, -3).unflatten(1, (side // 2, 2, side // 2, 2))
+    return grid.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)
+
+
+def _fwd_fake(xs, weight, bias, eps, side, dtype):
+    rows = sum(x.shape[0] for x in xs) // (4 if side else 1)
+    y = xs[0].new_empty(rows, weight.shape[0], dtype=dtype)
     return y, *(y.new_empty(rows, dtype=torch.float32) for _ in range(2))
 
 
 _fwd = define(
     "layer_norm",
-    "layer_norm_fwd(Tensor[] xs, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    "layer_norm_fwd(Tensor[] xs, Tensor weight, Tensor bias, float eps, int side, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor)",
     _fwd_fake,
 )
 _bwd = define(
     "layer_norm",
-    "layer_norm_bwd(Tensor grad, Tensor[] xs, Tensor weight, Tensor mean, Tensor rstd) -> Tensor[]",
-    lambda grad, xs, weight, mean, rstd: [x.new_empty(x.shape) for x in xs],
+    "layer_norm_bwd(Tensor grad, Tensor[] xs, Tensor weight, Tensor mean, Tensor rstd, int side) -> Tensor[]",
+    lambda grad, xs, weight, mean, rstd, side: [x.new_empty(x.shape) for x in xs],
 )
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, *xs: Tensor) -> Tensor:
-        y, mean, rstd = _fwd(xs, weight, bias, eps, dtype)
+    def forward(ctx, weight: Tensor, bias: Tensor, eps: float, side: int, dtype: torch.dtype, *xs: Tensor) -> Tensor:
+        y, mean, rstd = _fwd(xs, weight, bias, eps, side, dtype)
+        ctx.side = side
         ctx.save_for_backward(weight, mean, rstd, *xs)
         return y
 
@@ -75,7 +92,7 @@ class _LayerNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, mean, rstd, *xs = ctx.saved_tensors
-        return None, None, None, None, *_bwd(grad, xs, weight, mean, rstd)
+        return None, None, None, None, None, *_bwd(grad, xs, weight, mean, rstd, ctx.side)
 
 
 def _limits(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Iterator[str]:
@@ -86,7 +103,7 @@ def _limits(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Iterator[str
 def _triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     # Eager autocast normalizes in float32 and returns float32.
     dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
-    return _LayerNorm.apply(weight, bias, eps, dtype, x.flatten(0, -2)).view(x.shape)
+    return _LayerNorm.apply(weight, bias, eps, 0, dtype, x.flatten(0, -2)).view(x.shape)
 
 
 register(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .adapter import AdapterParams, adapter
 from .av_adapter import av_adapter
+from .gelu import gelu
 from .inputs import check_inputs
 from .layer_norm import layer_norm
 from .spatial_attention import spatial_attention
@@ -161,7 +162,7 @@ class ClipAttention(nn.Module):
 
 class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        return gelu(x, quick=True)
 
 
 class ClipBlock(Block):

@@ -18,6 +18,7 @@ MODELS = {
     "fast": FastSTGCMA,
     "fast_streamed": FastSTGCMA,
     "fast_unfolded": lambda config: FastSTGCMA(config, fold_temporal=False),
+    "triton": lambda config: FastSTGCMA(config, impl="triton"),
     "fast_checkpointing": lambda config: FastSTGCMA(config, checkpointing=True),
 }
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stgcma_fast import ops, reference
-from stgcma_fast.ops.layer_norm import packed_layer_norm
+from stgcma_fast.ops.layer_norm import _neighbours, packed_layer_norm
 from tests.support.inputs import Device, draw, each_dtype, each_kernel_dtype, each_low_dtype, each_stride
 from tests.support.numerics import check, check_compiled, check_equal_in_float64, evaluate
 
@@ -197,13 +197,31 @@ def test_packed_rows_under_autocast_are_ready_for_the_product(kernels, dtype):
     torch.testing.assert_close(got, wanted.to(dtype))
 
 
+def merging(x, weight, bias, other, impl="triton"):
+    return packed_layer_norm([x, other], weight, bias, side=6, impl=impl)
+
+
+@each_stride
+def test_kernel_merges_neighbours_in_place(kernels, strides):
+    """2 x 2 tokens of two streams' grids, without a copy of either."""
+    tensors = {"x": draw(0, 2, 36, 5, strides=strides), "other": draw(1, 2, 36, 5)}
+    tensors |= {"weight": draw(2, 20, shift=1, scale=0.2), "bias": draw(3, 20, scale=0.2)}
+    got = hold(tensors, fast=merging, law=lambda **t: merging(**t, impl="reference"), frozen=FREEZE, upstream=strides)
+    assert got["out0"].shape == (36, 20)
+
+
+def test_neighbours_are_merged_in_the_published_order():
+    x = torch.arange(16.0).view(1, 16, 1)
+    assert _neighbours(x, 4)[0].tolist() == [[0, 4, 1, 5], [2, 6, 3, 7], [8, 12, 9, 13], [10, 14, 11, 15]]
+
+
 def test_kernel_as_pytorch_sees_it(kernels):
     """Schema, fake and dispatch keys of the registered operators."""
     x, weight, bias = (problem((5,), 48)[name] for name in ("x", "weight", "bias"))
-    arguments = ([x, x[:3]], weight, bias, 1e-5, torch.float32)
+    arguments = ([x, x[:3]], weight, bias, 1e-5, 0, torch.float32)
     torch.library.opcheck(torch.ops.stgcma_fast.layer_norm_fwd.default, arguments)
     y, mean, rstd = torch.ops.stgcma_fast.layer_norm_fwd(*arguments)
-    torch.library.opcheck(torch.ops.stgcma_fast.layer_norm_bwd.default, (y, [x, x[:3]], weight, mean, rstd))
+    torch.library.opcheck(torch.ops.stgcma_fast.layer_norm_bwd.default, (y, [x, x[:3]], weight, mean, rstd, 0))
 
 
 def test_kernel_repeats_bit_equal(kernels):
