@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+THROUGHPUT = $(BIN)/python benchmarks/throughput.py --arch swin_l --device cuda
 .PHONY: venv bench resources test test-slow lint test-gpu bench-gpu tune
 
 venv: .venv/.installed
@@ -30,8 +31,14 @@ lint: venv
 test-gpu: venv
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
 
+# What takes long comes last: compiling the whole reference takes minutes, and a run that is cut short keeps what it has.
 bench-gpu: venv
-	$(BIN)/python benchmarks/throughput.py --arch swin_l --device cuda --json benchmarks/results/throughput_swin_l.json
+	@mkdir -p benchmarks/results/operators
+	@failed=0; set -x; unset TRITON_INTERPRET; \
+	$(BIN)/python benchmarks/operators.py --json benchmarks/results/operators/bfloat16.json || failed=1; \
+	$(THROUGHPUT) --impl reference fast --json benchmarks/results/throughput_swin_l.json || failed=1; \
+	$(THROUGHPUT) --json benchmarks/results/throughput_swin_l.json || failed=1; \
+	exit $$failed
 
 tune: venv
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/tune.py
