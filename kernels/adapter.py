@@ -230,7 +230,7 @@ def _weight_grad_tile(
             bias_wide += tl.sum(b_w.to(tl.float32), 0)
     o_a = tl.arange(0, RA)
     stride_d = 1 if DOWN else R
-    stride_r: tl.constexpr = D if DOWN else 1
+    stride_r = D if DOWN else 1
     m_a = o_a < R
     p_d = out + o_d[:, None] * stride_d
     tl.store(p_d + o_a[None, :] * stride_r, acc_a, mask=m_d[:, None] & m_a[None, :])
@@ -365,15 +365,16 @@ def adapter_bwd(
     needs_x: bool,
     needs_weights: bool,
     dtype: torch.dtype,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of the inputs ``[N, D]``, and of the weights as `weight_grads` packs them: up, then down.
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of the inputs as packed rows ``[N0 + N1, D]``, and of the weights as `weight_grads` packs them: up, then down.
 
-    What is not needed is an empty list.
+    What is not needed is empty.
     """
-    hiddens, dzs, dxs = down_bwd(grads, xs, down_weights, down_biases, up_weights, None, needs_x, needs_weights, dtype)
+    dx = xs[0].new_empty(sum(map(len, xs)) if needs_x else 0, xs[0].shape[1])
+    hiddens, dzs = down_bwd(grads, xs, down_weights, down_biases, up_weights, None, dx, needs_weights, dtype)
     if not needs_weights:
-        return dxs, []
-    return dxs, [weight_grads(grads, hiddens, down=False), weight_grads(xs, dzs, down=True)]
+        return dx, []
+    return dx, [weight_grads(grads, hiddens, down=False), weight_grads(xs, dzs, down=True)]
 
 
 def down_bwd(
@@ -383,11 +384,13 @@ def down_bwd(
     down_biases: Sequence[Tensor],
     up_weights: Sequence[Tensor],
     hidden_grads: Sequence[Tensor] | None,
-    needs_x: bool,
+    dx: Tensor,
     needs_weights: bool,
     dtype: torch.dtype,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Through GELU and down-projection: hidden tokens ``[N, r]``, gradients of what GELU took ``[N, r]`` and of x ``[N, D]``.
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Through GELU and down-projection: hidden tokens ``[N, r]`` and gradients of what GELU took ``[N, r]``.
+
+    The gradients of all x fill the packed rows ``dx [N0 + N1, D]``, unless it is empty.
 
     With ``hidden_grads [N, r]`` these come from the cross-attention, and x is also added to the output: its gradient includes
     that of the output. Without, they are computed from the output's gradient, and only then are hidden tokens returned. What is
@@ -399,7 +402,7 @@ def down_bwd(
     across = hidden_grads is not None
     hiddens = [x.new_empty(len(x), rank, dtype=dtype) for x in xs] if needs_weights and not across else []
     dzs = [x.new_empty(len(x), rank, dtype=dtype) for x in xs] if needs_weights else []
-    dxs = [x.new_empty(x.shape) for x in xs] if needs_x else []
+    dxs = dx.split([len(x) for x in xs]) if len(dx) else []
     launch.run(
         _adapter_bwd_kernel,
         row_grid(xs),
@@ -412,12 +415,12 @@ def down_bwd(
         **launch.split_rank(rank),
         STREAMS=len(xs),
         ACROSS=across,
-        NEEDS_X=needs_x,
+        NEEDS_X=len(dx) > 0,
         NEEDS_WEIGHTS=needs_weights,
         DTYPE=launch.triton_dtype(dtype),
         PRECISION=launch.precision(dtype),
     )
-    return hiddens, dzs, dxs
+    return hiddens, dzs
 
 
 # Programs a launch of the weights' gradients aims at, each with rows of its own: about two for each multiprocessor of a large

@@ -46,9 +46,9 @@ def _down_tile(
 
 @triton.jit(do_not_specialize=["rows0", "rows1"])
 def _av_adapter_fwd_down_kernel(
-    x0, x1, stride_x0, stride_x1, down_weight0, down_weight1, down_bias0, down_bias1, hidden0, hidden1, rows0, rows1, D:
-    tl.constexpr, R: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N:
-    tl.constexpr, BLOCK_D: tl.constexpr,
+    x0, x1, stride_x0, stride_x1, down_weight0, down_weight1, down_bias0, down_bias1, hidden0, hidden1, rows0, rows1, D, R:
+    tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     tiles0 = tl.cdiv(rows0, BLOCK_N)
@@ -272,7 +272,7 @@ def av_adapter_fwd(
         candidates=[
             {**c, "BLOCK_D": block, "GROUPS": together}
             for block in ((32,) if dtype == torch.float32 else (32, 64) if size and rank <= 96 else (64, 32))
-            for c in tile_candidates(hiddens[0], max(n, m), backward=False)
+            for c in tile_candidates(hiddens[0], dtype, max(n, m), backward=False)
         ],
         **constants,
         LISTENS0=listens[0],
@@ -298,12 +298,13 @@ def av_adapter_bwd(
     fusion: str,
     needs_x: bool,
     needs_weights: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Gradients of both inputs, those of the weights as `weight_grads` packs them, and each token's share in its gate.
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Gradients of both inputs as packed rows ``[F * (n + m), D]``, visual then audio; those of the weights as `weight_grads`
+    packs them; and each token's share in its gate.
 
-    What is not needed is an empty list, and the shares of a stream that does not listen are empty.
+    What is not needed is empty, as are the shares of a stream that does not listen.
     """
-    shapes, dtype = [x.shape for x in xs], hiddens[0].dtype
+    dtype = hiddens[0].dtype
     groups, n, m, grid = _geometry(xs, window)
     rows, grads = [launch.as_rows(x) for x in xs], [launch.as_rows(g) for g in grads]
     down_weights, down_biases, up_weights = contiguous(down_weights, down_biases, up_weights)
@@ -326,11 +327,11 @@ def av_adapter_bwd(
         PRECISION=launch.precision(dtype),
     )
     if not (needs_x or needs_weights):
-        return [], [], deltas
+        return xs[0].new_empty(0, channels), [], deltas
     if any(listens):
         d_exchanged, d_hiddens = d_hiddens, [torch.empty_like(h) for h in hiddens]
         attend_bwd(hiddens, d_exchanged, gates, lses, deltas, d_hiddens, groups, n, m, grid, fusion, dtype)
-    _, dzs, dxs = down_bwd(grads, rows, down_weights, down_biases, up_weights, d_hiddens, needs_x, needs_weights, dtype)
-    dxs = [dx.view(shape) for dx, shape in zip(dxs, shapes, strict=bool(dxs))]
+    dx = xs[0].new_empty(sum(map(len, rows)) if needs_x else 0, channels)
+    _, dzs = down_bwd(grads, rows, down_weights, down_biases, up_weights, d_hiddens, dx, needs_weights, dtype)
     packed = [weight_grads(grads, exchanged, down=False), weight_grads(rows, dzs, down=True)] if needs_weights else []
-    return dxs, packed, deltas
+    return dx, packed, deltas

@@ -327,8 +327,8 @@ def _cross_modal_bwd_delta_kernel(
         _delta_tile(grad_audio, heard_audio, delta_audio, rows_audio, tile - first, R, RA, RB, BLOCK_N)
 
 
-def tile_candidates(x: Tensor, tokens: int, *, backward: bool) -> list[launch.Config]:
-    """Blocks of own rows (BLOCK_N) and of the other stream's (BLOCK_M), by dtype, rank, card and tokens of a group.
+def tile_candidates(x: Tensor, dtype: torch.dtype, tokens: int, *, backward: bool) -> list[launch.Config]:
+    """Blocks of own rows (BLOCK_N) and of the other stream's (BLOCK_M), by products' dtype, rank, card and tokens of a group.
 
     The defaults are the widest tiles that compile without spilled registers, and of those the ones of which more fit on a
     multiprocessor.
@@ -337,10 +337,11 @@ def tile_candidates(x: Tensor, tokens: int, *, backward: bool) -> list[launch.Co
     def configs(*sizes: tuple[int, int, int, int]) -> list[launch.Config]:
         return [{"BLOCK_N": n, "BLOCK_M": m, "num_warps": warps, "num_stages": stages} for n, m, warps, stages in sizes]
 
-    if x.dtype == torch.float32:
+    if dtype == torch.float32:
         return configs((32, 32, 4, 1))
     windows, wide = tokens <= 64, x.shape[-1] > 96
-    if launch.capability(x)[0] == 8:
+    if launch.capability(x)[0] in (8, 12):
+        # Here operands share the registers with the accumulators.
         if backward:
             return configs((32, 16, 4, 2), (16, 32, 4, 2), (32, 32, 4, 2))
         return configs((64, 64, 8, 2), (64, 32, 8, 2)) if wide else configs((64, 32, 4, 2), (128, 64, 8, 2))
@@ -362,6 +363,10 @@ def _like(x: Tensor, wanted: bool, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(x.shape if wanted else 0, dtype=dtype)
 
 
+def _wide(x: Tensor, gate: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, gate.dtype), dtype)
+
+
 def _sums(x: Tensor, wanted: bool) -> Tensor:
     return x.new_empty(x.shape[:-1] if wanted else 0, dtype=torch.float32)
 
@@ -376,7 +381,7 @@ def cross_modal_fwd(
     """
     visual, audio = visual.contiguous(), audio.contiguous()
     to_visual, to_audio = listening(fusion)
-    outs = _like(visual, to_visual), _like(audio, to_audio)
+    outs = _like(visual, to_visual, _wide(visual, gate_visual, dtype)), _like(audio, to_audio, _wide(audio, gate_audio, dtype))
     heards = _like(visual, to_visual, dtype), _like(audio, to_audio, dtype)
     lses = _sums(visual, to_visual), _sums(audio, to_audio)
     groups, n, rank = visual.shape
@@ -387,7 +392,7 @@ def cross_modal_fwd(
             groups * (to_visual * triton.cdiv(n, config["BLOCK_N"]) + to_audio * triton.cdiv(m, config["BLOCK_N"])),
         ),
         *(visual, audio, gate_visual, gate_audio, *outs, *heards, *lses, groups, n, m),
-        candidates=tile_candidates(visual, max(n, m), backward=False),
+        candidates=tile_candidates(visual, dtype, max(n, m), backward=False),
         **launch.split_rank(rank),
         TO_VISUAL=to_visual,
         TO_AUDIO=to_audio,
@@ -460,7 +465,7 @@ def attend_bwd(
             triton.cdiv(groups, config["GROUPS"]) * (triton.cdiv(n, config["BLOCK_N"]) + triton.cdiv(m, config["BLOCK_N"])),
         ),
         *(*hiddens, *grads, *gates, *lses, *deltas, *d_hiddens, groups, n, m, height, width, shift),
-        candidates=[{**c, "GROUPS": together} for c in tile_candidates(hiddens[0], max(n, m), backward=True)],
+        candidates=[{**c, "GROUPS": together} for c in tile_candidates(hiddens[0], dtype, max(n, m), backward=True)],
         **launch.split_rank(hiddens[0].shape[-1]),
         TO_VISUAL=to_visual,
         TO_AUDIO=to_audio,

@@ -104,7 +104,10 @@ def capability(x: Tensor) -> tuple[int, int]:
 def precision(dtype: torch.dtype) -> str:
     """How `primitives.dot` multiplies: as PyTorch would. The interpreter's own bfloat16 product is wrong."""
     if dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 and not INTERPRETED else "ieee"
+        matmul = torch.backends.cuda.matmul
+        # The older switch raises once the newer one has been used; the newer one tells of both.
+        allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+        return "tf32" if allowed and not INTERPRETED else "ieee"
     return "upcast" if INTERPRETED and dtype == torch.bfloat16 else "ieee"
 
 
@@ -114,8 +117,12 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """The stride rule: channels side by side pass as they are, whatever the other strides; anything else is copied once."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """The stride rule: channels side by side pass as they are, whatever the other strides; anything else is copied once.
+
+    So are rows further apart than 2**18 elements, since kernels count in 32 bits within a block of rows or a frame.
+    """
+    far = x.ndim > 1 and x.stride(-2) >= 2**18
+    return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and not far else x.contiguous()
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -65,7 +65,11 @@ def _fwd_tile(
     tl.store(rstd + o_n, b_rstd, mask=m_n)
 
 
-@triton.jit(do_not_specialize=["rows0", "rows1", "side"])
+@triton.jit(
+    do_not_specialize=["rows0", "rows1", "side"],
+    # Where the second stream begins depends on the batch size, and so does what its address is divisible by.
+    do_not_specialize_on_alignment=["mean0", "mean1", "rstd0", "rstd1"],
+)
 def _layer_norm_fwd_kernel(
     x0,  # [N0, D]
     x1,  # [N1, D]
@@ -131,7 +135,11 @@ def _bwd_tile(
     tl.store(p_dx, (b_dx * b_rstd[:, None]).to(dx.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=["rows0", "rows1", "side"])
+@triton.jit(
+    do_not_specialize=["rows0", "rows1", "side"],
+    # Where the second stream begins depends on the batch size, and so does what its address is divisible by.
+    do_not_specialize_on_alignment=["mean0", "mean1", "rstd0", "rstd1"],
+)
 def _layer_norm_bwd_kernel(
     grad0,  # [N0, D]
     grad1,  # [N1, D]

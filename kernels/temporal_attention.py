@@ -8,6 +8,8 @@ registers and the gradient to the bias is summed there, over the sites in the sa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -236,44 +238,61 @@ def _addressed(bias: Tensor | None, qkv: Tensor) -> tuple[Tensor, int, int, int]
     return (qkv, 0, 0, 0) if bias is None else (bias, *bias.stride())
 
 
-def temporal_attention_fwd(qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """``softmax(scale q k^T + bias) v`` over T: ``[B, T, S, 3, h, d]`` and ``[h, T, T]`` or None to ``[B, T, S, h * d]``."""
-    qkv = launch.unit_stride(qkv)
-    batch, frames, sites, _, heads, head_dim = qkv.shape
-    out = qkv.new_empty(batch, frames, sites, heads * head_dim)
-    slots = _slots(batch * sites, heads, frames)
-    launch.run(
-        _temporal_attention_fwd_kernel,
-        _grid(heads, frames, slots),
-        *(qkv, *qkv.stride()[:5]),
-        *_addressed(bias, qkv),
-        *(out, scale, heads, sites, batch * sites, slots),
-        candidates=_candidates(qkv),
-        **_constants(qkv, bias),
-    )
-    return out
+def temporal_attention_fwd(qkvs: Sequence[Tensor], biases: Sequence[Tensor | None], scale: float) -> list[Tensor]:
+    """``softmax(scale q k^T + bias) v`` of each stream: ``[B, T, S, 3, h, d]`` and ``[h, T, T]`` to ``[B, T, S, h * d]``."""
+    outs = []
+    for qkv, bias in zip(qkvs, biases, strict=True):
+        qkv = launch.unit_stride(qkv)
+        batch, frames, sites, _, heads, head_dim = qkv.shape
+        outs.append(qkv.new_empty(batch, frames, sites, heads * head_dim))
+        slots = _slots(batch * sites, heads, frames)
+        launch.run(
+            _temporal_attention_fwd_kernel,
+            _grid(heads, frames, slots),
+            *(qkv, *qkv.stride()[:5]),
+            *_addressed(bias, qkv),
+            *(outs[-1], scale, heads, sites, batch * sites, slots),
+            candidates=_candidates(qkv),
+            **_constants(qkv, bias),
+        )
+    return outs
 
 
 def temporal_attention_bwd(
-    grad: Tensor, qkv: Tensor, bias: Tensor | None, scale: float, qkv_grad: bool, bias_grad: bool
-) -> list[Tensor]:
-    """Those gradients that are asked for, of qkv (packed) and of the bias, from that of the output ``[B, T, S, h * d]``."""
-    grad, qkv = launch.unit_stride(grad), launch.unit_stride(qkv)
-    batch, frames, sites, _, heads, _ = qkv.shape
-    slots = _slots(batch * sites, heads, frames)
-    # What is not asked for is not written either.
-    dqkv = qkv.new_empty(qkv.shape) if qkv_grad else qkv
-    dbias = qkv.new_empty(heads, slots, frames, frames, dtype=torch.float32) if bias_grad else qkv
-    launch.run(
-        _temporal_attention_bwd_kernel,
-        _grid(heads, frames, slots),
-        *(grad, *grad.stride()[:3]),
-        *(qkv, *qkv.stride()[:5]),
-        *_addressed(bias, qkv),
-        *(dqkv, dbias, scale, heads, sites, batch * sites, slots),
-        candidates=_candidates(qkv),
-        **_constants(qkv, bias),
-        QKV_GRAD=qkv_grad,
-        BIAS_GRAD=bias_grad,
-    )
-    return [*([dqkv] if qkv_grad else []), *([dbias.sum(1).to(bias.dtype)] if bias_grad else [])]
+    grads: Sequence[Tensor],
+    qkvs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scale: float,
+    qkv_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of all qkv as packed rows ``[rows, 3, h, d]``, one stream behind the other, and of the biases.
+
+    What is not asked for is empty.
+    """
+    first = qkvs[0]
+    packed = first.new_empty(sum(x.shape[:3].numel() for x in qkvs) if qkv_grad else 0, *first.shape[3:])
+    dbiases, start = [], 0
+    for grad, qkv, bias in zip(grads, qkvs, biases, strict=True):
+        grad, qkv = launch.unit_stride(grad), launch.unit_stride(qkv)
+        batch, frames, sites, _, heads, _ = qkv.shape
+        slots = _slots(batch * sites, heads, frames)
+        # What is not asked for is not written either.
+        dqkv = packed[start : start + batch * frames * sites] if qkv_grad else qkv
+        dbias = qkv.new_empty(heads, slots, frames, frames, dtype=torch.float32) if bias_grad else qkv
+        launch.run(
+            _temporal_attention_bwd_kernel,
+            _grid(heads, frames, slots),
+            *(grad, *grad.stride()[:3]),
+            *(qkv, *qkv.stride()[:5]),
+            *_addressed(bias, qkv),
+            *(dqkv, dbias, scale, heads, sites, batch * sites, slots),
+            candidates=_candidates(qkv),
+            **_constants(qkv, bias),
+            QKV_GRAD=qkv_grad,
+            BIAS_GRAD=bias_grad,
+        )
+        start += batch * frames * sites
+        if bias_grad:
+            dbiases.append(dbias.sum(1).to(bias.dtype))
+    return packed, dbiases

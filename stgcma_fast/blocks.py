@@ -21,7 +21,9 @@ from .ops.adapter import adapters
 from .ops.dispatch import Impl
 from .ops.layer_norm import packed_layer_norm
 from .ops.linear import linear
+from .ops.packing import split
 from .ops.stream import piece_size, stream
+from .ops.temporal_attention import temporal_attentions
 from .reference.adapter import AdapterParams
 from .reference.model import Block
 
@@ -65,7 +67,7 @@ class Runner(NamedTuple):
 
 def _unpack(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Packed rows to the leading shapes of ``like``, as views."""
-    parts = rows.split([x.shape[:-1].numel() for x in like]) if len(like) > 1 else [rows]
+    parts = split(rows, [x.shape[:-1].numel() for x in like])
     return [part.view(*x.shape[:-1], *rows.shape[1:]) for part, x in zip(parts, like, strict=True)]
 
 
@@ -121,10 +123,7 @@ def _temporal(block: Block, layers: FrozenLayers, streams: Streams, runner: Runn
         biases: Sequence[Tensor | None],
         weights: Sequence[AdapterParams | None],
     ) -> list[Tensor]:
-        ys = [
-            ops.temporal_attention(qkv, bias, scale=qkv.shape[-1] ** -0.5, impl=runner.impl)
-            for qkv, bias in zip(qkvs, biases, strict=True)
-        ]
+        ys = temporal_attentions(qkvs, biases, scale=qkvs[0].shape[-1] ** -0.5, impl=runner.impl)
         has_adapters = weights[0] is not None
         if not (has_adapters and runner.fold_temporal):
             ys = [linear(y, *layers.proj) for y in ys]

@@ -44,11 +44,11 @@ def frozen_layers(block: SwinBlock, impl: Impl) -> FrozenLayers:
     )
 
 
-def _merge(layer: PatchMerging, streams: Streams, side: int, impl: Impl) -> Streams:
+def _merge(layer: PatchMerging, x: Tensor, side: int, impl: Impl) -> Tensor:
     """2 x 2 neighbours to one token: ``[B, T, S, C]`` to ``[B, T, S / 4, 2 C]``."""
-    normed = packed_layer_norm(list(streams.values()), layer.norm.weight, layer.norm.bias, side=side, impl=impl)
-    rows = linear(normed, layer.reduction.weight).chunk(len(streams))
-    return {m: y.view(*x.shape[:2], -1, y.shape[-1]) for (m, x), y in zip(streams.items(), rows, strict=True)}
+    # Stream by stream: gradients of the next stage's tokens are sums, which nobody could leave packed.
+    rows = linear(packed_layer_norm([x], layer.norm.weight, layer.norm.bias, side=side, impl=impl), layer.reduction.weight)
+    return rows.view(*x.shape[:2], -1, rows.shape[-1])
 
 
 def features(model: nn.Module, images: Streams, runner: Runner) -> Streams:
@@ -60,6 +60,6 @@ def features(model: nn.Module, images: Streams, runner: Runner) -> Streams:
             streams = run_block(frozen_layers, block, streams, runner)
         if layer.downsample is not None:
             side = model.config.backbone.resolution(stage)
-            streams = _merge(layer.downsample, streams, side, runner.impl)
+            streams = {m: _merge(layer.downsample, x, side, runner.impl) for m, x in streams.items()}
     norm = model.norm
     return {m: ops.layer_norm(x, norm.weight, norm.bias, impl=runner.impl).mean(2).flatten(0, 1) for m, x in streams.items()}

@@ -11,8 +11,8 @@ from torch import Tensor
 from .. import reference
 from ..reference.adapter import AdapterParams
 from .boundary import define
-from .checks import check_adapter, check_one_dtype, check_shape
-from .dispatch import Impl, Implementation, product_dtype, register, select
+from .checks import check_adapter, check_alike, check_shape
+from .dispatch import TRITON_DTYPES, Impl, Implementation, product_dtype, register, select
 from .linear import linear
 
 LARGEST_RANK = 128
@@ -45,11 +45,11 @@ def adapters(
         check_adapter("params", p, x.shape[-1])
         if residual is not None:
             check_shape("residual", residual, *x.shape)
-        check_one_dtype("adapter", x=x, **p._asdict())
+        check_alike("adapter", x=x, **p._asdict())
     calls = list(zip(xs, params, residuals, strict=True))
     serving = [select("adapter", impl, *call) for call in calls]
-    alike = len({(x.shape[-1], p.down_bias.shape, None if r is None else r.dtype) for x, p, r in calls}) == 1
-    if alike and all(function is _triton for function in serving):
+    alike = len({(x.shape[-1], x.dtype, p.down_bias.shape, None if r is None else r.dtype) for x, p, r in calls}) == 1
+    if alike and len(calls) <= 2 and all(function is _triton for function in serving):
         return _together(xs, params, residuals)
     return [function(*call) for function, call in zip(serving, calls, strict=True)]
 
@@ -83,8 +83,18 @@ _fwd = define(
 
 
 def _bwd_fake(grads, xs, down_weights, down_biases, up_weights, needs_x, needs_weights, dtype):
-    dxs = [x.new_empty(x.shape) for x in xs] if needs_x else []
-    return dxs, packed_weights_fake(xs, down_weights) if needs_weights else []
+    return packed_rows_fake(xs, needs_x), packed_weights_fake(xs, down_weights) if needs_weights else []
+
+
+def packed_rows_fake(xs: Sequence[Tensor], needed: bool) -> Tensor:
+    """The gradients of ``[..., D]`` inputs as packed rows, unwritten."""
+    return xs[0].new_empty(sum(x.shape[:-1].numel() for x in xs) if needed else 0, xs[0].shape[-1])
+
+
+def unpack_rows(packed: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
+    """Packed rows in the shapes of ``xs``."""
+    parts = packed.split([x.shape[:-1].numel() for x in xs])
+    return [part.view(x.shape) for part, x in zip(parts, xs, strict=True)]
 
 
 def packed_weights_fake(xs: Sequence[Tensor], down_weights: Sequence[Tensor]) -> list[Tensor]:
@@ -111,7 +121,7 @@ def unpack_weight_grads(packed: Sequence[Tensor], params: Sequence[AdapterParams
 _bwd = define(
     "adapter",
     f"adapter_bwd(Tensor[] grads, Tensor[] xs, {_WEIGHTS}, bool needs_x, bool needs_weights, ScalarType dtype)"
-    " -> (Tensor[], Tensor[])",
+    " -> (Tensor, Tensor[])",
     _bwd_fake,
 )
 
@@ -136,18 +146,24 @@ class _Adapters(torch.autograd.Function):
         xs, params = saved[:streams], [AdapterParams(*saved[i : i + 4]) for i in range(streams, len(saved), 4)]
         needs = ctx.needs_input_grad[2:]
         needs_x, needs_weights = any(needs[:streams]), any(needs[2 * streams :])
-        dxs, packed = [], []
+        dx, packed = None, []
         if needs_x or needs_weights:
             weights = [list(each) for each in zip(*params, strict=True)][:3]
-            dxs, packed = _bwd(list(grads), list(xs), *weights, needs_x, needs_weights, ctx.dtype)
+            dx, packed = _bwd(list(grads), list(xs), *weights, needs_x, needs_weights, ctx.dtype)
         dresiduals = [grad.to(dtype) for grad, dtype in zip(grads, ctx.residual_dtypes, strict=False)]
         weight_grads = [g for p in unpack_weight_grads(packed, params) for g in p] if needs_weights else [None] * 4 * streams
-        return None, None, *(dxs or [None] * streams), *(dresiduals or [None] * streams), *weight_grads
+        return (
+            None,
+            None,
+            *(unpack_rows(dx, xs) if needs_x else [None] * streams),
+            *(dresiduals or [None] * streams),
+            *weight_grads,
+        )
 
 
 def _together(xs: Sequence[Tensor], params: Sequence[AdapterParams], residuals: Sequence[Tensor | None]) -> list[Tensor]:
-    rows = [x.flatten(0, -2) for x in xs]
-    added = [None if r is None else r.flatten(0, -2) for r in residuals]
+    rows = [x.reshape(-1, x.shape[-1]) for x in xs]
+    added = [None if r is None else r.reshape(-1, r.shape[-1]) for r in residuals]
     outs = _Adapters.apply(len(xs), product_dtype(xs[0]), *rows, *added, *(weight for p in params for weight in p))
     return [out.view(x.shape) for out, x in zip(outs, xs, strict=True)]
 
@@ -156,15 +172,18 @@ def _triton(x: Tensor, params: AdapterParams, residual: Tensor | None = None) ->
     return _together([x], [params], [residual])[0]
 
 
-def rank_limits(*params: AdapterParams) -> Iterator[str]:
-    """Why the kernels cannot take adapters of this width."""
+def adapter_limits(params: Sequence[AdapterParams], residuals: Sequence[Tensor | None]) -> Iterator[str]:
+    """Why the kernels cannot take these adapters or residuals."""
+    for residual in residuals:
+        if residual is not None and residual.dtype not in TRITON_DTYPES:
+            yield f"its kernels take residuals of float32, bfloat16 and float16, got {residual.dtype}"
     for p in params:
         if len(p.down_bias) > LARGEST_RANK:
             yield f"its kernels take a bottleneck width of at most {LARGEST_RANK}, got {len(p.down_bias)}"
 
 
 def _limits(x: Tensor, params: AdapterParams, residual: Tensor | None = None) -> Iterator[str]:
-    yield from rank_limits(params)
+    yield from adapter_limits([params], [residual])
 
 
 register("adapter", triton=Implementation(_triton, _limits), torch=_torch, reference=reference.adapter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +11,9 @@ from torch import Tensor
 from .. import reference
 from ..reference.adapter import AdapterParams
 from ..reference.windows import WindowGrid, window_partition, window_reverse
-from .adapter import down, packed_weights_fake, rank_limits, unpack_weight_grads, up
+from .adapter import adapter_limits, down, packed_rows_fake, packed_weights_fake, unpack_rows, unpack_weight_grads, up
 from .boundary import define
-from .checks import check_adapter, check_choice, check_one_dtype, check_shape
+from .checks import check_adapter, check_alike, check_choice, check_shape
 from .cross_modal import FUSIONS, cross_modal_attention
 from .dispatch import Impl, Implementation, product_dtype, register, select
 
@@ -60,7 +61,7 @@ def av_adapter(
     for name, residual, x in (("residual_visual", residual_visual, visual), ("residual_audio", residual_audio, audio)):
         if residual is not None:
             check_shape(name, residual, *x.shape)
-    check_one_dtype(
+    check_alike(
         "av_adapter",
         visual=visual,
         audio=audio,
@@ -139,8 +140,11 @@ _fwd = define(
 def _bwd_fake(
     grads, xs, down_weights, down_biases, up_weights, gates, hiddens, heards, lses, window, fusion, needs_x, needs_weights
 ):
-    dxs = [x.new_empty(x.shape) for x in xs] if needs_x else []
-    return dxs, packed_weights_fake(xs, down_weights) if needs_weights else [], [torch.empty_like(lse) for lse in lses]
+    return (
+        packed_rows_fake(xs, needs_x),
+        packed_weights_fake(xs, down_weights) if needs_weights else [],
+        [torch.empty_like(lse) for lse in lses],
+    )
 
 
 _bwd = define(
@@ -148,7 +152,7 @@ _bwd = define(
     "av_adapter_bwd(Tensor[] grads, Tensor[] xs, Tensor[] down_weights, Tensor[] down_biases, Tensor[] up_weights,"
     " Tensor[] gates, Tensor[] hiddens, Tensor[] heards, Tensor[] lses, int[] window, str fusion, bool needs_x,"
     " bool needs_weights)"
-    " -> (Tensor[], Tensor[], Tensor[])",
+    " -> (Tensor, Tensor[], Tensor[])",
     _bwd_fake,
 )
 
@@ -173,18 +177,22 @@ class _AVAdapter(torch.autograd.Function):
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
         params = AdapterParams(*saved[4:8]), AdapterParams(*saved[8:12])
         xs, gates, hiddens, heards, lses = (list(saved[i : i + 2]) for i in (0, 2, 12, 14, 16))
-        needs_x, needs_gates, needs_weights = any(needs[:2]), any(needs[4:6]), any(needs[6:])
-        dxs, packed, deltas = [None, None], [], []
-        if needs_x or needs_gates or needs_weights:
+        listens = ctx.fusion in ("both", "a2v"), ctx.fusion in ("both", "v2a")
+        needs_x, needs_weights = any(needs[:2]), any(needs[6:])
+        needs_gates = [need and listen for need, listen in zip(needs[4:6], listens, strict=True)]
+        dx, packed, deltas = None, [], []
+        if needs_x or needs_weights or any(needs_gates):
             weights = [list(each) for each in zip(*params, strict=True)][:3]
-            dxs, packed, deltas = _bwd(
+            dx, packed, deltas = _bwd(
                 list(grads), xs, *weights, gates, hiddens, heards, lses, ctx.window, ctx.fusion, needs_x, needs_weights
             )
         d_residuals = [None if dtype is None else g.to(dtype) for g, dtype in zip(grads, ctx.residual_dtypes, strict=True)]
-        listens = ctx.fusion in ("both", "a2v"), ctx.fusion in ("both", "v2a")
-        d_gates = [deltas[i].sum().to(gates[i].dtype).view(1) if needs[4 + i] and listens[i] else None for i in range(2)]
+        d_gates = [
+            delta.sum().to(gate.dtype).view(1) if need else None
+            for delta, gate, need in zip(deltas or lses, gates, needs_gates, strict=True)
+        ]
         d_weights = [g for p in unpack_weight_grads(packed, params) for g in p] if needs_weights else [None] * 8
-        return None, None, None, *(dxs if needs_x else (None, None)), *d_residuals, *d_gates, *d_weights
+        return None, None, None, *(unpack_rows(dx, xs) if needs_x else (None, None)), *d_residuals, *d_gates, *d_weights
 
 
 def _triton(
@@ -211,11 +219,15 @@ def _limits(
     visual_params: AdapterParams,
     audio_params: AdapterParams,
     *gates: Tensor,
-    **options: object,
+    **options: Any,
 ) -> Iterator[str]:
-    yield from rank_limits(visual_params, audio_params)
+    yield from adapter_limits([visual_params, audio_params], [options["residual_visual"], options["residual_audio"]])
+    if 0 in (visual.shape[1], audio.shape[1]):
+        yield "its kernels need a token in each stream"
     if len(visual_params.down_bias) != len(audio_params.down_bias):
         yield "its kernels take two adapters of one bottleneck width"
+    if visual.dtype != audio.dtype:
+        yield f"its kernels take two streams of one dtype, got {visual.dtype} and {audio.dtype}"
 
 
 register("av_adapter", triton=Implementation(_triton, _limits), torch=_torch, reference=reference.av_adapter)

@@ -15,11 +15,15 @@ def check_shape(name: str, tensor: Tensor, *expected: int | str) -> None:
         raise ValueError(f"{name}: expected shape [{', '.join(map(str, expected))}], got {list(tensor.shape)}")
 
 
-def check_one_dtype(op: str, **tensors: Tensor | None) -> None:
-    """Raise ValueError unless all tensors are floating and of one dtype; autocast, if on, casts them itself."""
+def check_alike(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors are on one device, floating, and of one dtype; autocast, if on, casts them itself."""
     present = {name: t for name, t in tensors.items() if t is not None}
     dtypes = {t.dtype for t in present.values()}
-    device = next(iter(present.values())).device.type
+    devices = {t.device for t in present.values()}
+    if len(devices) > 1:
+        got = ", ".join(f"{name} {t.device}" for name, t in present.items())
+        raise ValueError(f"{op}: expected one device, got {got}")
+    device = next(iter(devices)).type
     if not all(dtype.is_floating_point for dtype in dtypes) or (len(dtypes) > 1 and not torch.is_autocast_enabled(device)):
         got = ", ".join(f"{name} {t.dtype}" for name, t in present.items())
         raise ValueError(f"{op}: expected one floating dtype (or autocast), got {got}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from .adapter import LARGEST_RANK
 from .boundary import define
-from .checks import check_choice, check_one_dtype, check_shape
+from .checks import check_alike, check_choice, check_shape
 from .dispatch import Impl, Implementation, product_dtype, register, select
 from .linear import input_gradient, linear, served_by_onednn
 
@@ -49,7 +49,7 @@ def cross_modal_attention(
     check_shape("audio", audio, visual.shape[0], "m", visual.shape[2])
     check_shape("gate_visual", gate_visual, 1)
     check_shape("gate_audio", gate_audio, 1)
-    check_one_dtype("cross_modal_attention", visual=visual, audio=audio, gate_visual=gate_visual, gate_audio=gate_audio)
+    check_alike("cross_modal_attention", visual=visual, audio=audio, gate_visual=gate_visual, gate_audio=gate_audio)
     tensors = visual, audio, gate_visual, gate_audio
     return select("cross_modal_attention", impl, *tensors, fusion=fusion)(*tensors, fusion=fusion)
 
@@ -150,7 +150,11 @@ def _listeners(visual: Tensor, audio: Tensor, fusion: str) -> list[tuple[Tensor,
 
 def _fwd_fake(visual, audio, gate_visual, gate_audio, fusion, dtype):
     listeners = _listeners(visual, audio, fusion)
-    outs = [x.new_empty(x.shape if listens else 0) for x, listens in listeners]
+    gates = gate_visual, gate_audio
+    wide = [
+        torch.promote_types(torch.promote_types(x.dtype, g.dtype), dtype) for (x, _), g in zip(listeners, gates, strict=True)
+    ]
+    outs = [x.new_empty(x.shape if listens else 0, dtype=d) for (x, listens), d in zip(listeners, wide, strict=True)]
     heards = [out.new_empty(out.shape, dtype=dtype) for out in outs]
     return *outs, *heards, *(x.new_empty(x.shape[:-1] if listens else 0, dtype=torch.float32) for x, listens in listeners)
 
@@ -232,6 +236,8 @@ def _triton(
 
 
 def _limits(visual: Tensor, audio: Tensor, *gates: Tensor, fusion: str) -> Iterator[str]:
+    if 0 in (visual.shape[1], audio.shape[1]):
+        yield "its kernels need a token in each stream"
     if visual.shape[2] > LARGEST_RANK:
         yield f"its kernels take hidden tokens of at most {LARGEST_RANK} channels, got {visual.shape[2]}"
 

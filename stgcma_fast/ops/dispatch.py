@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -17,8 +18,22 @@ try:
     HAS_TRITON = importlib.util.find_spec("triton") is not None
 except ImportError:
     HAS_TRITON = False
+
+
+def _triton_version() -> tuple[int, ...]:
+    for name in ("triton", "pytorch-triton", "triton-windows"):
+        try:
+            return tuple(int(part) for part in importlib.metadata.version(name).split(".")[:2])
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return (0, 0)
+
+
+TRITON_VERSION = _triton_version()
 # Triton reads this variable when it is imported; afterwards kernels run on the CPU, in numpy, for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The oldest release the kernels were tested with.
+OLDEST_TRITON = (3, 6)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_GPU = (8, 0)
 
@@ -49,7 +64,7 @@ def register(op: str, **implementations: Callable | Implementation) -> None:
 
 def refusals(op: str, impl: str, *args: Any, **kwargs: Any) -> list[str]:
     """Every reason why ``impl`` cannot serve ``op``; with the operator's arguments, those that lie in them too."""
-    reasons = ["triton is not installed"] if impl == "triton" and not HAS_TRITON else []
+    reasons = _installation_refusals() if impl == "triton" else []
     if impl not in REGISTRY[op]:
         return [*reasons, f"this version has no {impl} implementation of {op}"]
     if args:
@@ -57,6 +72,18 @@ def refusals(op: str, impl: str, *args: Any, **kwargs: Any) -> list[str]:
             reasons.extend(_triton_refusals(args[0]))
         reasons.extend(REGISTRY[op][impl].limits(*args, **kwargs))
     return reasons
+
+
+def _installation_refusals() -> list[str]:
+    if not HAS_TRITON:
+        return ["triton is not installed"]
+    if TRITON_VERSION < OLDEST_TRITON:
+        return [f"its kernels need triton {_dotted(OLDEST_TRITON)}, got {_dotted(TRITON_VERSION)}"]
+    return []
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _triton_refusals(x: Tensor) -> Iterator[str]:
@@ -78,8 +105,9 @@ def _check_name(impl: str) -> None:
 def check_impl(impl: str) -> None:
     """Raise ValueError for an unknown name, NotImplementedError for one that no operator can have on this machine."""
     _check_name(impl)
-    if impl == "triton" and not HAS_TRITON:
-        raise NotImplementedError("impl='triton' was asked for, but triton is not installed")
+    reasons = _installation_refusals() if impl == "triton" else []
+    if reasons:
+        raise NotImplementedError(f"impl='triton' was asked for, but {'; '.join(reasons)}")
 
 
 def select(op: str, impl: Impl, *args: Any, **kwargs: Any) -> Callable:

@@ -12,6 +12,9 @@ from .boundary import define
 from .checks import check_shape
 from .dispatch import Impl, Implementation, product_dtype, register, select
 
+# A program holds whole rows in registers.
+LARGEST_ROW = 8192
+
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, impl: Impl = "auto") -> Tensor:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimension, statistics in float32.
@@ -47,7 +50,19 @@ def packed_layer_norm(
         eps: added to the (biased) variance.
         side: of a square grid of tokens, even. A row is then four neighbours, 2 x 2, as Swin merges them.
         impl: which implementation serves; anything but "auto" runs as asked or raises.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+        NotImplementedError: ``impl`` cannot serve; the text gives every reason.
     """
+    if len(xs) not in (1, 2) or len({x.dtype for x in xs}) > 1:
+        raise ValueError(f"xs: expected one or two streams of one dtype, got {[x.dtype for x in xs]}")
+    for x in xs:
+        channels = x.shape[-1] if side is None else 4 * x.shape[-1]
+        check_shape("weight", weight, channels)
+        check_shape("bias", bias, channels)
+        if side is not None and (side % 2 or x.shape[-2] != side**2):
+            raise ValueError(f"side: expected an even number, and side * side tokens, got {side} and {list(x.shape)}")
     serving = select("layer_norm", impl, xs[0], weight, bias, eps)
     if serving is _triton:
         return _LayerNorm.apply(weight, bias, eps, side or 0, product_dtype(xs[0]), *(x.flatten(0, -2) for x in xs))
@@ -98,12 +113,14 @@ class _LayerNorm(torch.autograd.Function):
 def _limits(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Iterator[str]:
     if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
         yield "its kernel gives weight and bias no gradients, and they are trained"
+    if len(weight) > LARGEST_ROW:
+        yield f"its kernel takes rows of at most {LARGEST_ROW} channels, got {len(weight)}"
 
 
 def _triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     # Eager autocast normalizes in float32 and returns float32.
     dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
-    return _LayerNorm.apply(weight, bias, eps, 0, dtype, x.flatten(0, -2)).view(x.shape)
+    return _LayerNorm.apply(weight, bias, eps, 0, dtype, x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
 register(

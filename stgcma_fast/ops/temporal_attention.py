@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from .boundary import define
-from .checks import check_one_dtype, check_shape
-from .dispatch import Impl, Implementation, register, select
+from .checks import check_alike, check_shape
+from .dispatch import Impl, Implementation, product_dtype, register, select
 
 # A tile holds all channels of a head, and all frames of a site.
 MAX_HEAD_DIM = 128
@@ -33,50 +33,75 @@ def temporal_attention(qkv: Tensor, bias: Tensor | None, *, scale: float, impl: 
         ValueError: shapes or dtypes that do not fit.
         NotImplementedError: ``impl`` cannot serve; the text gives every reason.
     """
-    check_shape("qkv", qkv, "B", "T", "S", 3, "h", "d")
-    if bias is not None:
-        check_shape("bias", bias, qkv.shape[4], qkv.shape[1], qkv.shape[1])
-    check_one_dtype("temporal_attention", qkv=qkv, bias=bias)
-    return select("temporal_attention", impl, qkv, bias, scale=scale)(qkv, bias, scale=scale)
+    return temporal_attentions([qkv], [bias], scale=scale, impl=impl)[0]
+
+
+def temporal_attentions(
+    qkvs: Sequence[Tensor], biases: Sequence[Tensor | None], *, scale: float, impl: Impl = "auto"
+) -> list[Tensor]:
+    """`temporal_attention` of one or two streams of the same heads, each with a bias of its own or all with none.
+
+    Triton leaves the gradients of qkv packed, one stream behind the other.
+    """
+    for qkv, bias in zip(qkvs, biases, strict=True):
+        check_shape("qkv", qkv, "B", "T", "S", 3, "h", "d")
+        if bias is not None:
+            check_shape("bias", bias, qkv.shape[4], qkv.shape[1], qkv.shape[1])
+        check_alike("temporal_attention", qkv=qkv, bias=bias)
+    calls = list(zip(qkvs, biases, strict=True))
+    serving = [select("temporal_attention", impl, *call, scale=scale) for call in calls]
+    if all(function is _triton for function in serving):
+        return _together(qkvs, biases, scale)
+    return [function(*call, scale=scale) for function, call in zip(serving, calls, strict=True)]
 
 
 _fwd = define(
     "temporal_attention",
-    "temporal_attention_fwd(Tensor qkv, Tensor? bias, float scale) -> Tensor",
-    lambda qkv, bias, scale: qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5]),
+    "temporal_attention_fwd(Tensor[] qkvs, Tensor?[] biases, float scale) -> Tensor[]",
+    lambda qkvs, biases, scale: [x.new_empty(*x.shape[:3], x.shape[4] * x.shape[5]) for x in qkvs],
 )
 
 
-def _bwd_fake(grad, qkv, bias, scale, qkv_grad, bias_grad):
-    return [x.new_empty(x.shape) for x, wanted in ((qkv, qkv_grad), (bias, bias_grad)) if wanted]
+def _bwd_fake(grads, qkvs, biases, scale, qkv_grad, bias_grad):
+    rows = sum(x.shape[0] * x.shape[1] * x.shape[2] for x in qkvs) if qkv_grad else 0
+    return qkvs[0].new_empty(rows, *qkvs[0].shape[3:]), [x.new_empty(x.shape) for x in biases] if bias_grad else []
 
 
 _bwd = define(
     "temporal_attention",
-    "temporal_attention_bwd(Tensor grad, Tensor qkv, Tensor? bias, float scale, bool qkv_grad, bool bias_grad) -> Tensor[]",
+    "temporal_attention_bwd(Tensor[] grads, Tensor[] qkvs, Tensor?[] biases, float scale, bool qkv_grad, bool bias_grad)"
+    " -> (Tensor, Tensor[])",
     _bwd_fake,
 )
 
 
 class _TemporalAttention(torch.autograd.Function):
+    """Inputs by stream: qkv of each, then the bias of each."""
+
     @staticmethod
-    def forward(ctx, qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        ctx.save_for_backward(qkv, bias)
+    def forward(ctx, scale: float, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        streams = len(tensors) // 2
+        ctx.save_for_backward(*tensors)
         ctx.scale = scale
-        return _fwd(qkv, bias, scale)
+        return tuple(_fwd(list(tensors[:streams]), list(tensors[streams:]), scale))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, bias = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:2]
-        found = iter(_bwd(grad, qkv, bias, ctx.scale, *wanted))
-        return *(next(found) if w else None for w in wanted), None
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        streams, saved, needs = len(grads), ctx.saved_tensors, ctx.needs_input_grad[1:]
+        qkvs, biases = list(saved[:streams]), list(saved[streams:])
+        wanted = any(needs[:streams]), any(needs[streams:])
+        packed, dbiases = _bwd(list(grads), qkvs, biases, ctx.scale, *wanted)
+        dqkvs = [None] * streams
+        if wanted[0]:
+            parts = packed.split([x.shape[:3].numel() for x in qkvs])
+            dqkvs = [part.view(x.shape) for part, x in zip(parts, qkvs, strict=True)]
+        return None, *dqkvs, *(dbiases if wanted[1] else [None] * streams)
 
 
 def _limits(qkv: Tensor, bias: Tensor | None, *, scale: float) -> Iterator[str]:
     frames, head_dim = qkv.shape[1], qkv.shape[5]
-    dtype = _product_dtype(qkv)
+    dtype = product_dtype(qkv)
     if head_dim > MAX_HEAD_DIM:
         yield f"its kernels take heads of at most {MAX_HEAD_DIM} channels, got {head_dim}"
     # Exact float32 products of larger tiles do not fit the registers.
@@ -85,14 +110,14 @@ def _limits(qkv: Tensor, bias: Tensor | None, *, scale: float) -> Iterator[str]:
         yield f"its kernels take at most {most} frames of {head_dim} channels in {dtype}, got {frames}"
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+def _together(qkvs: Sequence[Tensor], biases: Sequence[Tensor | None], scale: float) -> list[Tensor]:
+    # Under autocast as its products; the bias stays as it is and is added in float32.
+    work = product_dtype(qkvs[0])
+    return list(_TemporalAttention.apply(scale, *(qkv.to(work) for qkv in qkvs), *biases))
 
 
 def _triton(qkv: Tensor, bias: Tensor | None, *, scale: float) -> Tensor:
-    # Under autocast as its products; the bias stays as it is and is added in float32.
-    return _TemporalAttention.apply(qkv.to(_product_dtype(qkv)), bias, scale)
+    return _together([qkv], [bias], scale)[0]
 
 
 register(

@@ -12,7 +12,7 @@ from .. import reference
 from ..reference.windows import WindowGrid, shift_mask, window_partition, window_reverse
 from .av_adapter import check_window_grid
 from .boundary import define
-from .checks import check_one_dtype, check_shape
+from .checks import check_alike, check_shape
 from .dispatch import TRITON_DTYPES, Impl, Implementation, register, select
 
 WIDEST_HEAD = 128
@@ -52,7 +52,7 @@ def window_attention(
     check_shape("bias", bias, heads, window**2, window**2)
     if mask is not None:
         check_shape("mask", mask, (height // window) * (width // window), window**2, window**2)
-    check_one_dtype("window_attention", qkv=qkv, bias=bias)
+    check_alike("window_attention", qkv=qkv, bias=bias)
     options = {"window": window, "shift": shift, "scale": scale, "mask": mask}
     return select("window_attention", impl, qkv, bias, **options)(qkv, bias, **options)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stgcma_fast as sf
-from stgcma_fast.ops import stream
+from stgcma_fast.ops import dispatch, stream
 from stgcma_fast.reference.model import is_trainable
 from tests.support.models import inputs, seed, tiny_config
 
@@ -367,8 +367,13 @@ def test_modes_are_the_published_names():
     assert visual(None, video, "videoonly").shape == (6, 7)
 
 
-def test_an_explicit_implementation_never_falls_back():
-    with pytest.raises(NotImplementedError, match="impl='triton' was asked for, but"):
+def test_an_explicit_implementation_never_falls_back(monkeypatch):
+    model = sf.FastSTGCMA(tiny_config("swin"), impl="triton")
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    with pytest.raises(NotImplementedError, match="impl='triton' was asked for, but its kernels need a CUDA device, got cpu"):
+        model(*inputs(model.config)[:2])
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    with pytest.raises(NotImplementedError, match="impl='triton' was asked for, but triton is not installed"):
         sf.FastSTGCMA(tiny_config("swin"), impl="triton")
     with pytest.raises(ValueError, match="impl: got 'cuda', allowed are 'auto'"):
         sf.FastSTGCMA(tiny_config("swin"), impl="cuda")

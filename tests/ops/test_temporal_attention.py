@@ -262,11 +262,12 @@ def test_kernel_limits_are_those_of_the_autocast_dtype(kernels):
 @each_bias
 def test_kernel_as_pytorch_sees_it(kernels, bias):
     """Schema, fake and dispatch keys of the registered operators."""
-    arguments = (*problem(*SMALL).values(), 0.25) if bias else (*problem(*SMALL, bias=False).values(), None, 0.25)
+    tensors = problem(*SMALL, bias=bias)
+    arguments = ([tensors["qkv"]] * 2, [tensors.get("bias")] * 2, 0.25)
     torch.library.opcheck(torch.ops.stgcma_fast.temporal_attention_fwd.default, arguments)
-    out = torch.ops.stgcma_fast.temporal_attention_fwd(*arguments)
+    outs = torch.ops.stgcma_fast.temporal_attention_fwd(*arguments)
     for wanted in [(True, True), (True, False), (False, True)] if bias else [(True, False)]:
-        torch.library.opcheck(torch.ops.stgcma_fast.temporal_attention_bwd.default, (out, *arguments, *wanted))
+        torch.library.opcheck(torch.ops.stgcma_fast.temporal_attention_bwd.default, (outs, *arguments, *wanted))
 
 
 def test_kernel_repeats_bit_equal(kernels):
