@@ -293,7 +293,7 @@ def _candidates(*sizes: tuple[int, int, int, int]) -> list[launch.Config]:
 def row_candidates(x: Tensor, dtype: torch.dtype, rank: int) -> list[launch.Config]:
     """Configurations of a kernel that takes rows from D to r and back, by card, rank and the dtype of its products."""
     if dtype == torch.float32:
-        return _candidates((32, 32, 4, 2), (64, 32, 8, 2))
+        return _candidates((32, 32, 8, 2), (64, 32, 8, 2))
     # Two accumulators of 64 x 128 want the registers of eight warps.
     narrow = _candidates((64, 64, 4, 2), (64, 32, 4, 3))
     narrow = narrow if launch.capability(x)[0] < 10 else narrow[::-1]
@@ -439,7 +439,7 @@ def weight_grads(wides: Sequence[Tensor], narrows: Sequence[Tensor], *, down: bo
     wides = [launch.unit_stride(x) for x in wides]
     channels, rank = wides[0].shape[1], narrows[0].shape[1]
     candidates = (
-        _candidates((32, 32, 4, 2))
+        _candidates((32, 32, 8, 2))
         if narrows[0].dtype == torch.float32
         else _candidates((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 3))
     )

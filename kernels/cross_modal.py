@@ -338,7 +338,7 @@ def tile_candidates(x: Tensor, dtype: torch.dtype, tokens: int, *, backward: boo
         return [{"BLOCK_N": n, "BLOCK_M": m, "num_warps": warps, "num_stages": stages} for n, m, warps, stages in sizes]
 
     if dtype == torch.float32:
-        return configs((32, 32, 4, 1))
+        return configs((32, 32, 8, 1), (16, 32, 8, 1))
     windows, wide = tokens <= 64, x.shape[-1] > 96
     if launch.capability(x)[0] in (8, 12):
         # Here operands share the registers with the accumulators.

@@ -33,6 +33,5 @@ def kernels(request: pytest.FixtureRequest, poisoned_memory: None) -> Iterator[s
     if request.param == "cpu" and os.environ["TRITON_INTERPRET"] != "1":
         pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1")
     Device.name = request.param
-    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     yield request.param
-    Device.name, torch.backends.cuda.matmul.allow_tf32 = "cpu", allowed
+    Device.name = "cpu"

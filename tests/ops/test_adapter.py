@@ -6,7 +6,7 @@ import torch
 from stgcma_fast import ops, reference
 from stgcma_fast.kernels import launch
 from stgcma_fast.ops.adapter import adapters
-from tests.support.inputs import adapter_weights, draw, each_dtype, each_kernel_dtype, each_low_dtype, each_stride
+from tests.support.inputs import Device, adapter_weights, draw, each_dtype, each_kernel_dtype, each_low_dtype, each_stride
 from tests.support.numerics import check, check_compiled, check_equal_in_float64, evaluate
 
 WEIGHTS = ("down_weight", "down_bias", "up_weight", "up_bias")
@@ -259,3 +259,42 @@ def test_kernel_as_pytorch_sees_it(kernels):
 def test_kernel_refuses_wide_bottlenecks(kernels):
     with pytest.raises(NotImplementedError, match="a bottleneck width of at most 128, got 129"):
         KERNEL(**problem((3, 5), 48, 129))
+
+
+def test_a_third_stream_is_not_forgotten(kernels):
+    """The kernels take the first and the last of their streams: three are served one by one."""
+    params = ops.AdapterParams(**adapter_weights(2, 48, 24))
+    xs = [draw(seed, 5, 48) for seed in range(3)]
+    outs = adapters(xs, [params] * 3, [None] * 3, impl="triton")
+    for out, x in zip(outs, xs, strict=True):
+        torch.testing.assert_close(out, reference.adapter(x, params))
+
+
+def test_streams_of_two_dtypes_keep_them(kernels):
+    xs = [draw(0, 5, 48, dtype=torch.float16), draw(1, 5, 48)]
+    params = [ops.AdapterParams(**adapter_weights(2, 48, 24, dtype=x.dtype)) for x in xs]
+    outs = adapters(xs, params, [None, None], impl="triton")
+    assert [out.dtype for out in outs] == [torch.float16, torch.float32]
+    torch.testing.assert_close(outs[1], reference.adapter(xs[1], params[1]))
+
+
+def test_kernel_takes_a_single_row(kernels):
+    """``[D]``, without leading dimensions."""
+    params = ops.AdapterParams(**adapter_weights(2, 48, 24))
+    x = draw(0, 48)
+    torch.testing.assert_close(ops.adapter(x, params, x, impl="triton"), reference.adapter(x, params, x))
+
+
+def test_kernel_refuses_float64_residuals(kernels):
+    """They would be added in float32."""
+    tensors = problem((3, 5), 48, 24)
+    with pytest.raises(NotImplementedError, match=r"residuals of float32, bfloat16 and float16, got torch.float64"):
+        KERNEL(**tensors | {"residual": tensors["residual"].double()})
+
+
+def test_rows_far_apart_are_copied(kernels):
+    """Offsets inside a block of rows have 32 bits."""
+    apart = torch.zeros(2**18 * 2 + 4, device=Device.name).as_strided((3, 4), (2**18, 1))
+    assert launch.unit_stride(apart).is_contiguous()
+    near = torch.zeros(32, device=Device.name).as_strided((3, 4), (8, 1))
+    assert launch.unit_stride(near) is near

@@ -401,3 +401,18 @@ def test_kernel_as_pytorch_sees_it(kernels, fusion):
 def test_kernel_refuses_wide_hidden_tokens(kernels):
     with pytest.raises(NotImplementedError, match="hidden tokens of at most 128 channels, got 129"):
         KERNEL(**problem(1, 5, 5, 129))
+
+
+@pytest.mark.parametrize("empty", ["visual", "audio"])
+def test_kernel_refuses_empty_streams(kernels, empty):
+    """Nothing to hear: the softmax of no scores is 0 / 0."""
+    with pytest.raises(NotImplementedError, match="need a token in each stream"):
+        KERNEL(**problem(2, 5, 4, 8) | {empty: draw(0, 2, 0, 8)})
+
+
+def test_kernel_outputs_are_as_wide_as_their_gates(kernels):
+    """Under autocast, half tokens beside float32 gates."""
+    tensors = problem(2, 5, 4, 8, dtype=torch.float16) | {"gate_visual": torch.ones(1, device=Device.name)}
+    with torch.autocast(Device.name, torch.float16):
+        got, wanted = KERNEL(**tensors), reference.cross_modal_attention(**tensors)
+    assert [x.dtype for x in got] == [x.dtype for x in wanted] == [torch.float32, torch.float16]

@@ -2,6 +2,9 @@
 
 import inspect
 import logging
+import subprocess
+import sys
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -125,3 +128,30 @@ def test_auto_falls_back_on_cuda_and_says_why_once(monkeypatch, caplog, options,
 def test_auto_takes_pytorch_where_limits_say_so(monkeypatch):
     wide = ops.AdapterParams(**adapter_weights(0, 12, 129))
     assert select("adapter", "auto", _on_cuda(monkeypatch), wide) is REGISTRY["adapter"]["torch"].function
+
+
+def test_an_old_triton_is_refused(monkeypatch):
+    """Its language lacks what the kernels use: "auto" must not take it."""
+    monkeypatch.setattr(dispatch, "TRITON_VERSION", (3, 2))
+    with pytest.raises(NotImplementedError, match=r"its kernels need triton 3.6, got 3.2"):
+        CALLS["adapter"](impl="triton")
+    assert select("adapter", "auto", _on_cuda(monkeypatch), PARAMS) is REGISTRY["adapter"]["torch"].function
+
+
+def test_two_devices():
+    with pytest.raises(ValueError, match="adapter: expected one device, got x meta, down_weight cpu"):
+        CALLS["adapter"](x=X.to("meta"))
+
+
+@pytest.mark.parametrize("setting", ["matmul.allow_tf32 = True", "matmul.fp32_precision = 'tf32'", "none"])
+def test_either_switch_of_tf32_is_read(setting):
+    """The older switch raises once the newer one was used."""
+    code = f"""
+        import torch
+        from stgcma_fast.kernels import launch
+        launch.INTERPRETED = False
+        {"pass" if setting == "none" else "torch.backends.cuda." + setting}
+        print(launch.precision(torch.float32))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ("ieee" if setting == "none" else "tf32")

@@ -229,3 +229,29 @@ def test_kernel_repeats_bit_equal(kernels):
     first = evaluate(kernel, tensors, frozen=FREEZE)
     for _ in range(3):
         assert all(torch.equal(x, first[name]) for name, x in evaluate(kernel, tensors, frozen=FREEZE).items())
+
+
+PACKED_ERRORS = {
+    "three": ({"xs": [draw(0, 5, 8)] * 3}, "xs: expected one or two streams of one dtype"),
+    "dtypes": ({"xs": [draw(0, 5, 8), draw(0, 5, 8).half()]}, "xs: expected one or two streams of one dtype"),
+    "channels": ({"xs": [draw(0, 5, 8), draw(0, 5, 9)]}, r"weight: expected shape \[9\], got \[8\]"),
+    "odd": ({"xs": [draw(0, 1, 25, 2)], "side": 5}, "side: expected an even number"),
+    "side": ({"xs": [draw(0, 1, 36, 2)], "side": 4}, "side: expected an even number, and side"),
+}
+
+
+@pytest.mark.parametrize(("changed", "message"), PACKED_ERRORS.values(), ids=PACKED_ERRORS.keys())
+def test_packed_errors(changed, message):
+    with pytest.raises(ValueError, match=message):
+        packed_layer_norm(**{"weight": draw(1, 8), "bias": draw(2, 8), "impl": "triton"} | changed)
+
+
+def test_kernel_takes_a_single_row_and_expanded_parameters(kernels):
+    x, one = draw(0, 48), draw(1, 1)
+    got = ops.layer_norm(x, one.expand(48), one.expand(48), impl="triton")
+    torch.testing.assert_close(got, reference.layer_norm(x, one.expand(48), one.expand(48)))
+
+
+def test_kernel_refuses_rows_too_long_for_registers(kernels):
+    with pytest.raises(NotImplementedError, match="rows of at most 8192 channels, got 8193"):
+        kernel(**problem((1,), 8193))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stgcma_fast import ops, reference
+from stgcma_fast.ops.temporal_attention import temporal_attentions
 from tests.support.inputs import draw, each_dtype, each_low_dtype, each_stride, strided
 from tests.support.numerics import check, check_compiled, check_equal_in_float64, evaluate
 
@@ -275,3 +276,21 @@ def test_kernel_repeats_bit_equal(kernels):
     first = evaluate(kernel, tensors)
     for _ in range(3):
         assert all(torch.equal(x, first[name]) for name, x in evaluate(kernel, tensors).items())
+
+
+@each_bias
+def test_kernel_serves_two_streams(kernels, bias):
+    """Each with its own sites and bias; gradients of qkv lie one behind the other."""
+    first, second = problem(2, 5, 6, 2, 16, bias=bias), problem(2, 5, 3, 2, 16, bias=bias)
+    tensors = first | {f"{name}1": 0.5 * x for name, x in second.items()}
+
+    def both(impl):
+        return lambda qkv, qkv1, bias=None, bias1=None: tuple(
+            temporal_attentions([qkv, qkv1], [bias, bias1], scale=0.25, impl=impl)
+        )
+
+    check("temporal_attention", both("triton"), both("reference"), tensors, reductions=[16, 5, 12])
+    leaves = [tensors[name].detach().requires_grad_() for name in ("qkv", "qkv1")]
+    outs = temporal_attentions(leaves, [None, None], scale=0.25, impl="triton")
+    grads = torch.autograd.grad(outs, leaves, [draw(7, *out.shape) for out in outs])
+    assert grads[1].data_ptr() == grads[0].data_ptr() + grads[0].nbytes
