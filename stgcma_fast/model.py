@@ -24,8 +24,9 @@ class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fas
     Args:
         config: a `ModelConfig`, its dictionary, or the name of a preset: "clip_b16", "clip_l14", "swin_b", "swin_l".
         adapters: with the name of a preset, "tiny" or "base", which is the default.
-        impl: which implementation serves the operators. "auto" takes "torch", the only fast one of this version; "triton",
-            "torch" and "reference" run as asked or raise with every reason why not. "reference" is the reference model itself.
+        impl: which implementation serves the operators. "auto" takes "triton" on CUDA for each call its kernels can serve, and
+            "torch" elsewhere; "triton", "torch" and "reference" run as asked or raise with every reason why not. "reference"
+            is the reference model itself.
         fold_temporal: merge the frozen projection into the temporal adapters' down-projection. Same mathematics, one matrix
             product over all tokens less.
         checkpointing: keep only each block's inputs for the backward and run the block again there.
