@@ -65,7 +65,8 @@ def packed_layer_norm(
             raise ValueError(f"side: expected an even number, and side * side tokens, got {side} and {list(x.shape)}")
     serving = select("layer_norm", impl, xs[0], weight, bias, eps)
     if serving is _triton:
-        return _LayerNorm.apply(weight, bias, eps, side or 0, product_dtype(xs[0]), *(x.flatten(0, -2) for x in xs))
+        rows = [x.reshape(-1, x.shape[-1]) for x in xs]
+        return _LayerNorm.apply(weight, bias, eps, side or 0, product_dtype(xs[0]), rows[0], rows[1] if len(rows) > 1 else None)
     rows = [serving(x if side is None else _neighbours(x, side), weight, bias, eps).flatten(0, -2) for x in xs]
     return torch.cat(rows) if len(rows) > 1 else rows[0]
 
@@ -97,7 +98,12 @@ _bwd = define(
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: Tensor, bias: Tensor, eps: float, side: int, dtype: torch.dtype, *xs: Tensor) -> Tensor:
+    def forward(
+        ctx, weight: Tensor, bias: Tensor, eps: float, side: int, dtype: torch.dtype, x: Tensor, other: Tensor | None
+    ) -> Tensor:
+        # No `*xs`: in PyTorch 2.11 a compiled call without gradients leaves out the context if as many arguments are given as
+        # a variadic forward has parameters.
+        xs = [x] if other is None else [x, other]
         y, mean, rstd = _fwd(xs, weight, bias, eps, side, dtype)
         ctx.side = side
         ctx.save_for_backward(weight, mean, rstd, *xs)
@@ -107,7 +113,8 @@ class _LayerNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, mean, rstd, *xs = ctx.saved_tensors
-        return None, None, None, None, None, *_bwd(grad, xs, weight, mean, rstd, ctx.side)
+        dxs = _bwd(grad, xs, weight, mean, rstd, ctx.side)
+        return None, None, None, None, None, dxs[0], dxs[1] if len(dxs) > 1 else None
 
 
 def _limits(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Iterator[str]:
@@ -120,7 +127,7 @@ def _limits(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Iterator[str
 def _triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     # Eager autocast normalizes in float32 and returns float32.
     dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
-    return _LayerNorm.apply(weight, bias, eps, 0, dtype, x.reshape(-1, x.shape[-1])).view(x.shape)
+    return _LayerNorm.apply(weight, bias, eps, 0, dtype, x.reshape(-1, x.shape[-1]), None).view(x.shape)
 
 
 register(

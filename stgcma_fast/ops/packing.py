@@ -10,21 +10,20 @@ from torch import Tensor
 
 class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, *sizes: int) -> tuple[Tensor, ...]:
-        ctx.sizes = sizes
+    def forward(ctx, rows: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
         return rows.split(sizes)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return join(grads), *(None for _ in ctx.sizes)
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        return join(grads), None
 
 
 def split(rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """Views of ``sizes`` rows each. Gradients that lie one behind the other in memory, as the kernels leave them, come back as
     they are; PyTorch's own split would copy them together.
     """
-    return _Split.apply(rows, *sizes) if len(sizes) > 1 else (rows,)
+    return _Split.apply(rows, tuple(sizes)) if len(sizes) > 1 else (rows,)
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:

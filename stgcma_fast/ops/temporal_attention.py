@@ -50,7 +50,7 @@ def temporal_attentions(
         check_alike("temporal_attention", qkv=qkv, bias=bias)
     calls = list(zip(qkvs, biases, strict=True))
     serving = [select("temporal_attention", impl, *call, scale=scale) for call in calls]
-    if all(function is _triton for function in serving):
+    if len(calls) <= 2 and all(function is _triton for function in serving):
         return _together(qkvs, biases, scale)
     return [function(*call, scale=scale) for function, call in zip(serving, calls, strict=True)]
 
@@ -76,27 +76,30 @@ _bwd = define(
 
 
 class _TemporalAttention(torch.autograd.Function):
-    """Inputs by stream: qkv of each, then the bias of each."""
+    """qkv of one or two streams, then the bias of each."""
 
+    # No `*tensors`: see _LayerNorm.
     @staticmethod
-    def forward(ctx, scale: float, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        streams = len(tensors) // 2
-        ctx.save_for_backward(*tensors)
+    def forward(
+        ctx, scale: float, qkv: Tensor, other_qkv: Tensor | None, bias: Tensor | None, other_bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        streams = 1 if other_qkv is None else 2
+        ctx.save_for_backward(qkv, other_qkv, bias, other_bias)
         ctx.scale = scale
-        return tuple(_fwd(list(tensors[:streams]), list(tensors[streams:]), scale))
+        return tuple(_fwd([qkv, other_qkv][:streams], [bias, other_bias][:streams], scale))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         streams, saved, needs = len(grads), ctx.saved_tensors, ctx.needs_input_grad[1:]
-        qkvs, biases = list(saved[:streams]), list(saved[streams:])
-        wanted = any(needs[:streams]), any(needs[streams:])
+        qkvs, biases = list(saved[:streams]), list(saved[2 : 2 + streams])
+        wanted = any(needs[:2]), any(needs[2:])
         packed, dbiases = _bwd(list(grads), qkvs, biases, ctx.scale, *wanted)
-        dqkvs = [None] * streams
+        dqkvs = []
         if wanted[0]:
             parts = packed.split([x.shape[:3].numel() for x in qkvs])
             dqkvs = [part.view(x.shape) for part, x in zip(parts, qkvs, strict=True)]
-        return None, *dqkvs, *(dbiases if wanted[1] else [None] * streams)
+        return None, *dqkvs, *[None] * (2 - len(dqkvs)), *dbiases, *[None] * (2 - len(dbiases))
 
 
 def _limits(qkv: Tensor, bias: Tensor | None, *, scale: float) -> Iterator[str]:
@@ -113,7 +116,9 @@ def _limits(qkv: Tensor, bias: Tensor | None, *, scale: float) -> Iterator[str]:
 def _together(qkvs: Sequence[Tensor], biases: Sequence[Tensor | None], scale: float) -> list[Tensor]:
     # Under autocast as its products; the bias stays as it is and is added in float32.
     work = product_dtype(qkvs[0])
-    return list(_TemporalAttention.apply(scale, *(qkv.to(work) for qkv in qkvs), *biases))
+    pair = [qkv.to(work) for qkv in qkvs]
+    missing = [None] * (2 - len(pair))
+    return list(_TemporalAttention.apply(scale, *pair, *missing, *biases, *missing))
 
 
 def _triton(qkv: Tensor, bias: Tensor | None, *, scale: float) -> Tensor:

@@ -243,6 +243,28 @@ def test_compiles_whole_and_once(arch):
     assert len(wanted) == len(gradients)
 
 
+SMALLEST = {
+    "swin": sf.SwinConfig(image_size=28, embed_dim=32, depths=(2,), num_heads=(1,)),
+    "clip": sf.ClipConfig(image_size=32, patch_size=16, embed_dim=32, layers=1, heads=1, audio_frames=48, mel_bins=32),
+}
+
+
+@pytest.mark.parametrize("arch", SMALLEST)
+def test_kernels_compile_whole(arch):
+    """The graph of a train step holds every kernel as one operator, and gives what eager gives."""
+    config = sf.ModelConfig(SMALLEST[arch], adapter_ratio=0.5, num_frames=2, num_classes=3)
+    model = seed(sf.FastSTGCMA(config, impl="triton")).eval()
+    batch = inputs(config, batch=1)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    logits = compiled(*batch[:2])
+    gradients = torch.autograd.grad(F.cross_entropy(logits, batch[2]), compiled.trainable_parameters())
+    wanted_logits, _ = _run(model, *batch)
+    torch.testing.assert_close(logits.detach(), wanted_logits, rtol=1e-5, atol=1e-6)
+    for got, parameter in zip(gradients, model.trainable_parameters(), strict=True):
+        assert (got - parameter.grad).norm() < 1e-5 * parameter.grad.norm()
+    assert len(gradients) == sum(p.grad is not None for p in model.parameters())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["swin", "clip"])
 def test_compiles_with_inductor(arch):

@@ -255,3 +255,14 @@ def test_kernel_takes_a_single_row_and_expanded_parameters(kernels):
 def test_kernel_refuses_rows_too_long_for_registers(kernels):
     with pytest.raises(NotImplementedError, match="rows of at most 8192 channels, got 8193"):
         kernel(**problem((1,), 8193))
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_kernel_compiles_without_gradients(kernels, streams):
+    """Dynamo dropped the context of a variadic forward, and with it the first argument."""
+    tensors = problem((5,), 48)
+    xs = [tensors["x"], tensors["x"][:3]][:streams]
+    compiled = torch.compile(
+        lambda *xs: packed_layer_norm(xs, tensors["weight"], tensors["bias"], impl="triton"), fullgraph=True, backend="eager"
+    )
+    assert torch.equal(compiled(*xs), packed_layer_norm(xs, tensors["weight"], tensors["bias"], impl="triton"))

@@ -294,3 +294,15 @@ def test_kernel_serves_two_streams(kernels, bias):
     outs = temporal_attentions(leaves, [None, None], scale=0.25, impl="triton")
     grads = torch.autograd.grad(outs, leaves, [draw(7, *out.shape) for out in outs])
     assert grads[1].data_ptr() == grads[0].data_ptr() + grads[0].nbytes
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_kernel_compiles_without_gradients(kernels, streams):
+    """Dynamo dropped the context of a variadic forward, and with it the first argument."""
+    qkvs = [draw(seed, 1, 3, 2, 3, 1, 16) for seed in range(streams)]
+
+    def attend(*qkvs):
+        return temporal_attentions(qkvs, [None] * streams, scale=0.25, impl="triton")
+
+    for got, wanted in zip(torch.compile(attend, fullgraph=True, backend="eager")(*qkvs), attend(*qkvs), strict=True):
+        assert torch.equal(got, wanted)
