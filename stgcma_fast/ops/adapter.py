@@ -88,12 +88,13 @@ def _bwd_fake(grads, xs, down_weights, down_biases, up_weights, needs_x, needs_w
 
 def packed_rows_fake(xs: Sequence[Tensor], needed: bool) -> Tensor:
     """The gradients of ``[..., D]`` inputs as packed rows, unwritten."""
-    return xs[0].new_empty(sum(x.shape[:-1].numel() for x in xs) if needed else 0, xs[0].shape[-1])
+    # Not `shape[:-1].numel()`, which would make a constant of a symbolic batch size.
+    return xs[0].new_empty(sum(x.numel() // x.shape[-1] for x in xs) if needed else 0, xs[0].shape[-1])
 
 
 def unpack_rows(packed: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
     """Packed rows in the shapes of ``xs``."""
-    parts = packed.split([x.shape[:-1].numel() for x in xs])
+    parts = packed.split([x.numel() // x.shape[-1] for x in xs])
     return [part.view(x.shape) for part, x in zip(parts, xs, strict=True)]
 
 
