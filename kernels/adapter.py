@@ -211,11 +211,11 @@ def _weight_grad_tile(
     acc_a, acc_b = zeros_split(BLOCK_D, RA, RB)
     bias_wide = tl.zeros([BLOCK_D], tl.float32)
     bias_a, bias_b = tl.zeros([RA], tl.float32), tl.zeros([RA if RB == 0 else RB], tl.float32)
-    row0 = tl.zeros([], tl.int64)
+    zero = tl.zeros([], tl.int64)
     for start in range(first, last, BLOCK_N):
         o_n = tl.arange(0, BLOCK_N)
         m_n = start + o_n < last
-        row = row0 + start
+        row = zero + start  # in 64 bits, for the pointers
         p_w = wide + row * stride_w + o_n[:, None] * stride_w + o_d[None, :]
         b_w = tl.load(p_w, mask=m_n[:, None] & m_d[None, :], other=0.0)
         b_a, b_b = load_split(narrow + row * R, o_n, m_n, R, RA, RB, narrow.dtype.element_ty)
