@@ -151,7 +151,7 @@ def launches(case: Case, dtype: torch.dtype, arch: str) -> tuple[list[launch.Lau
         NotImplementedError: its kernels do not serve this call.
     """
     args, kwargs = case.build(dtype, "cpu")
-    with launch.record(divmod(_capability(arch), 10)) as recorded, _kernels_on_cpu():
+    with launch.record(divmod(_capability(arch), 10)) as recorded, kernels_on_cpu():
         with torch.no_grad():
             case.function(*args, **kwargs, impl="triton")
         outputs = list(tensors(case.function(*args, **kwargs, impl="triton")))
@@ -161,7 +161,7 @@ def launches(case: Case, dtype: torch.dtype, arch: str) -> tuple[list[launch.Lau
 
 
 @contextlib.contextmanager
-def _kernels_on_cpu() -> Iterator[None]:
+def kernels_on_cpu() -> Iterator[None]:
     """While launches are only recorded, tensors may lie where no kernel could run."""
     dispatch.INTERPRETED = True
     try:

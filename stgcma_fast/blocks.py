@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import ops
 from .ops.adapter import adapters
-from .ops.dispatch import Impl
+from .ops.dispatch import Impl, product_dtype
 from .ops.layer_norm import packed_layer_norm
 from .ops.linear import linear
 from .ops.packing import split
@@ -82,10 +82,8 @@ def _drop_mask(block: Block, x: Tensor, shape: tuple[int, ...]) -> Tensor | None
     """Stochastic depth of the temporal residual; the same random numbers as the reference draws."""
     if not block.training or block.drop_rate == 0:
         return None
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     keep = 1 - block.drop_rate
-    return torch.empty(shape, dtype=dtype, device=x.device).bernoulli_(keep).div_(keep)
+    return torch.empty(shape, dtype=product_dtype(x), device=x.device).bernoulli_(keep).div_(keep)
 
 
 def _piece_size(layers: FrozenLayers, runner: Runner, x: Tensor, dim: int, widening: int) -> int | None:

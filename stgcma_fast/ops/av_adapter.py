@@ -14,7 +14,7 @@ from ..reference.windows import WindowGrid, window_partition, window_reverse
 from .adapter import adapter_limits, down, packed_rows_fake, packed_weights_fake, unpack_rows, unpack_weight_grads, up
 from .boundary import define
 from .checks import check_adapter, check_alike, check_choice, check_shape
-from .cross_modal import FUSIONS, cross_modal_attention
+from .cross_modal import FUSIONS, cross_modal_attention, listening
 from .dispatch import Impl, Implementation, product_dtype, register, select
 
 
@@ -118,7 +118,7 @@ def _torch(
 def _fwd_fake(xs, residuals, down_weights, down_biases, up_weights, up_biases, gates, window, fusion, dtype):
     rank = down_biases[0].shape[0]
     outs, hiddens, heards, lses = [], [], [], []
-    for x, residual, listens in zip(xs, residuals, (fusion in ("both", "a2v"), fusion in ("both", "v2a")), strict=True):
+    for x, residual, listens in zip(xs, residuals, listening(fusion), strict=True):
         wide = torch.promote_types(x.dtype, dtype)
         wide = wide if residual is None else torch.promote_types(wide, residual.dtype)
         outs.append(x.new_empty(x.shape, dtype=wide))
@@ -177,9 +177,8 @@ class _AVAdapter(torch.autograd.Function):
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
         params = AdapterParams(*saved[4:8]), AdapterParams(*saved[8:12])
         xs, gates, hiddens, heards, lses = (list(saved[i : i + 2]) for i in (0, 2, 12, 14, 16))
-        listens = ctx.fusion in ("both", "a2v"), ctx.fusion in ("both", "v2a")
         needs_x, needs_weights = any(needs[:2]), any(needs[6:])
-        needs_gates = [need and listen for need, listen in zip(needs[4:6], listens, strict=True)]
+        needs_gates = [need and listen for need, listen in zip(needs[4:6], listening(ctx.fusion), strict=True)]
         dx, packed, deltas = None, [], []
         if needs_x or needs_weights or any(needs_gates):
             weights = [list(each) for each in zip(*params, strict=True)][:3]
@@ -187,10 +186,7 @@ class _AVAdapter(torch.autograd.Function):
                 list(grads), xs, *weights, gates, hiddens, heards, lses, ctx.window, ctx.fusion, needs_x, needs_weights
             )
         d_residuals = [None if dtype is None else g.to(dtype) for g, dtype in zip(grads, ctx.residual_dtypes, strict=True)]
-        d_gates = [
-            delta.sum().to(gate.dtype).view(1) if need else None
-            for delta, gate, need in zip(deltas or lses, gates, needs_gates, strict=True)
-        ]
+        d_gates = [deltas[i].sum().to(gates[i].dtype).view(1) if need else None for i, need in enumerate(needs_gates)]
         d_weights = [g for p in unpack_weight_grads(packed, params) for g in p] if needs_weights else [None] * 8
         return None, None, None, *(unpack_rows(dx, xs) if needs_x else (None, None)), *d_residuals, *d_gates, *d_weights
 

@@ -18,6 +18,11 @@ from .linear import input_gradient, linear, served_by_onednn
 FUSIONS = ("both", "a2v", "v2a", "none")
 
 
+def listening(fusion: str) -> tuple[bool, bool]:
+    """Whether vision hears audio, and audio vision."""
+    return fusion in ("both", "a2v"), fusion in ("both", "v2a")
+
+
 def cross_modal_attention(
     visual: Tensor,
     audio: Tensor,
@@ -132,7 +137,7 @@ def _attend(queries: Tensor, keys: Tensor) -> Tensor:
 def _torch(
     visual: Tensor, audio: Tensor, gate_visual: Tensor, gate_audio: Tensor, *, fusion: str = "both"
 ) -> tuple[Tensor, Tensor]:
-    to_visual, to_audio = fusion in ("both", "a2v"), fusion in ("both", "v2a")
+    to_visual, to_audio = listening(fusion)
     if served_by_onednn(visual, audio) and 4 * visual.shape[1] * audio.shape[1] > _SMALL_SCORES:
         heard_visual, heard_audio = _TiledAttention.apply(visual, audio, to_visual, to_audio)
     else:
@@ -144,12 +149,8 @@ def _torch(
     )
 
 
-def _listeners(visual: Tensor, audio: Tensor, fusion: str) -> list[tuple[Tensor, bool]]:
-    return [(visual, fusion in ("both", "a2v")), (audio, fusion in ("both", "v2a"))]
-
-
 def _fwd_fake(visual, audio, gate_visual, gate_audio, fusion, dtype):
-    listeners = _listeners(visual, audio, fusion)
+    listeners = list(zip((visual, audio), listening(fusion), strict=True))
     gates = gate_visual, gate_audio
     wide = [
         torch.promote_types(torch.promote_types(x.dtype, g.dtype), dtype) for (x, _), g in zip(listeners, gates, strict=True)
@@ -174,7 +175,7 @@ def _bwd_fake(
     needs_tokens,
 ):
     grads = [x.new_empty(x.shape if needs_tokens else 0) for x in (visual, audio)]
-    listeners = _listeners(visual, audio, fusion)
+    listeners = zip((visual, audio), listening(fusion), strict=True)
     return *grads, *(x.new_empty(x.shape[:-1] if listens else 0, dtype=torch.float32) for x, listens in listeners)
 
 
@@ -203,24 +204,25 @@ class _CrossModal(torch.autograd.Function):
         out_visual, out_audio, *kept = _fwd(visual, audio, gate_visual, gate_audio, fusion, dtype)
         ctx.fusion = fusion
         ctx.save_for_backward(visual, audio, gate_visual, gate_audio, *kept)
-        return tuple(out for out, listens in ((out_visual, fusion != "v2a"), (out_audio, fusion != "a2v")) if listens)
+        return tuple(out for out, listens in zip((out_visual, out_audio), listening(fusion), strict=True) if listens)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         visual, audio, gate_visual, gate_audio, *kept = ctx.saved_tensors
         fusion, (needs_visual, needs_audio, needs_gate_visual, needs_gate_audio, *_) = ctx.fusion, ctx.needs_input_grad
+        to_visual, to_audio = listening(fusion)
         # A stream that does not listen is passed on outside, so nothing comes back to it from here.
-        grad_visual = grads[0] if fusion != "v2a" else torch.zeros_like(visual)
-        grad_audio = grads[-1] if fusion != "a2v" else torch.zeros_like(audio)
+        grad_visual = grads[0] if to_visual else torch.zeros_like(visual)
+        grad_audio = grads[-1] if to_audio else torch.zeros_like(audio)
         d_visual, d_audio, delta_visual, delta_audio = _bwd(
             grad_visual, grad_audio, visual, audio, gate_visual, gate_audio, *kept, fusion, needs_visual or needs_audio
         )
         return (
             d_visual if needs_visual else None,
             d_audio if needs_audio else None,
-            delta_visual.sum().to(gate_visual.dtype).view(1) if needs_gate_visual and fusion != "v2a" else None,
-            delta_audio.sum().to(gate_audio.dtype).view(1) if needs_gate_audio and fusion != "a2v" else None,
+            delta_visual.sum().to(gate_visual.dtype).view(1) if needs_gate_visual and to_visual else None,
+            delta_audio.sum().to(gate_audio.dtype).view(1) if needs_gate_audio and to_audio else None,
             None,
             None,
         )
@@ -232,7 +234,8 @@ def _triton(
     if fusion == "none":
         return visual, audio
     outs = _CrossModal.apply(visual, audio, gate_visual, gate_audio, fusion, product_dtype(visual))
-    return outs[0] if fusion != "v2a" else visual, outs[-1] if fusion != "a2v" else audio
+    to_visual, to_audio = listening(fusion)
+    return outs[0] if to_visual else visual, outs[-1] if to_audio else audio
 
 
 def _limits(visual: Tensor, audio: Tensor, *gates: Tensor, fusion: str) -> Iterator[str]:

@@ -65,8 +65,6 @@ def register(op: str, **implementations: Callable | Implementation) -> None:
 def refusals(op: str, impl: str, *args: Any, **kwargs: Any) -> list[str]:
     """Every reason why ``impl`` cannot serve ``op``; with the operator's arguments, those that lie in them too."""
     reasons = _installation_refusals() if impl == "triton" else []
-    if impl not in REGISTRY[op]:
-        return [*reasons, f"this version has no {impl} implementation of {op}"]
     if args:
         if impl == "triton":
             reasons.extend(_triton_refusals(args[0]))

@@ -56,7 +56,7 @@ CALLS = {
 
 def compilations(call, batch: int) -> set[resources.Job]:
     """What a forward and a backward would compile on Hopper."""
-    with launch.record((9, 0)) as recorded, resources._kernels_on_cpu():
+    with launch.record((9, 0)) as recorded, resources.kernels_on_cpu():
         outs = call(batch)
         outs = [outs] if isinstance(outs, Tensor) else list(outs)
         torch.autograd.backward(outs, [torch.empty_like(y) for y in outs])
