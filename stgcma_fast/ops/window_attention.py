@@ -13,7 +13,7 @@ from ..reference.windows import WindowGrid, shift_mask, window_partition, window
 from .av_adapter import check_window_grid
 from .boundary import define
 from .checks import check_alike, check_shape
-from .dispatch import TRITON_DTYPES, Impl, Implementation, register, select
+from .dispatch import TRITON_DTYPES, Impl, Implementation, product_dtype, register, select
 
 WIDEST_HEAD = 128
 
@@ -106,10 +106,7 @@ def _limits(qkv: Tensor, bias: Tensor, *, window: int, shift: int, scale: float,
 
 def _triton(qkv: Tensor, bias: Tensor, *, window: int, shift: int, scale: float, mask: Tensor | None = None) -> Tensor:
     # The mask is that of the shift, which the kernel works out.
-    device = qkv.device.type
-    if torch.is_autocast_enabled(device):
-        qkv = qkv.to(torch.get_autocast_dtype(device))
-    return _WindowAttention.apply(qkv, bias.contiguous(), window, shift, scale)
+    return _WindowAttention.apply(qkv.to(product_dtype(qkv)), bias.contiguous(), window, shift, scale)
 
 
 register(
