@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from harness import DTYPES, Meter, json_file, matmul_peak, origin, progress_bar, timed
 from jsonargparse import ArgumentParser
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from shapes import CASES, Case, tensors
-from throughput import DTYPES, Meter, check_folder, matmul_peak, origin, progress_bar, timed
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 from tune import label
@@ -427,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
     p = parser()
     args = p.parse_args(argv)
-    check_folder(p, args.json)
+    json_file(p, args.json, "cpu")
     if not torch.cuda.is_available():
         p.error("PyTorch finds no CUDA device here, and operators are timed on one")
     if launch.INTERPRETED:

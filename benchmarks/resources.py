@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from harness import DTYPES, json_file, origin, progress_bar
 from jsonargparse import ArgumentParser
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from shapes import CASES, Case, tensors
-from throughput import DTYPES, check_folder, origin, progress_bar
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -294,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
     p = parser()
     args = p.parse_args(argv)
-    check_folder(p, args.json)
+    file = json_file(p, args.json, "cpu")
     if launch.INTERPRETED:
         p.error("TRITON_INTERPRET is set: the interpreter compiles nothing; run this without it")
     console = Console()
@@ -308,8 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = failures(rows)
     for text in wrong:
         console.print(text, style="bold red")
-    if args.json is not None:
-        Path(args.json).write_text(json.dumps(origin("cpu") | {"rows": rows, "failures": wrong}, indent=1) + "\n")
+    if file is not None:
+        file.write_text(json.dumps(origin("cpu") | {"rows": rows, "failures": wrong}, indent=1) + "\n")
     return 1 if wrong else 0
 
 

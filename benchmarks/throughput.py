@@ -6,45 +6,38 @@ Then they run in turns, so that a machine that slows down slows all of them.
 
 from __future__ import annotations
 
-import ctypes
-import datetime
-import gc
-import json
 import math
-import statistics
-import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from harness import DTYPES, Meter, add_json, json_file, matmul_peak, progress_bar, quantiles, save, timed
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import stgcma_fast as sf
-from stgcma_fast import report
 from stgcma_fast.config import ADAPTER_SIZES, BACKBONES, ModelConfig, Task, preset
-from stgcma_fast.ops.linear import linear
 
 # Each takes a configuration and returns the model and what to call.
 IMPLEMENTATIONS: dict[str, Callable[[ModelConfig], tuple[nn.Module, Callable]]] = {
     "reference": lambda config: (model := sf.reference.ReferenceSTGCMA(config), model),
     "compiled": lambda config: (model := sf.reference.ReferenceSTGCMA(config), torch.compile(model)),
     "fast": lambda config: (model := sf.FastSTGCMA(config), model),
+    "fast_compiled": lambda config: (model := sf.FastSTGCMA(config), torch.compile(model)),
+    "fast_graph": lambda config: (model := sf.FastSTGCMA(config), model),
 }
 PHASES = ("infer", "train")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # On the CPU the whole command must end within four minutes: rounds are run while they fit into this.
 CPU_SECONDS = 230
 CPU_ROUNDS = 5
@@ -55,50 +48,12 @@ class DisagreementError(Exception):
     """Outputs or gradients of an implementation are further from the reference than the yardstick allows."""
 
 
-class Meter:
-    """Bytes in use and their peak: the process's resident set on the CPU, the allocator's count on CUDA."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-        try:
-            self._trim = ctypes.CDLL("libc.so.6").malloc_trim
-            self.reset()
-            self.known = self.cuda or self.peak() > 0
-        except (OSError, AttributeError, StopIteration):
-            self.known = self.cuda
-
-    @staticmethod
-    def _status(name: str) -> int:
-        with open("/proc/self/status") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-    def used(self) -> int:
-        """Bytes held now. On the CPU, free memory is given back first: left in the heap it would hide the next peak."""
-        if self.cuda:
-            return torch.cuda.memory_allocated()
-        gc.collect()
-        if not self.known:
-            return 0
-        self._trim(0)
-        return self._status("VmRSS")
-
-    def reset(self) -> None:
-        """Start looking for a new peak."""
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def peak(self) -> int:
-        """The largest number of bytes held since `reset`."""
-        return torch.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")
-
-
 @dataclass
 class Contender:
     """An implementation in the race."""
 
     name: str
+    dtype: torch.dtype  # below float32, of autocast
     module: nn.Module
     call: Callable
     held: int  # bytes that stay allocated on its behalf between its steps
@@ -108,6 +63,15 @@ class Contender:
     peak: dict[str, int] = field(default_factory=dict)
     first_calls: float = 0.0
     max_abs_err: float = 0.0
+    graphs: dict[str, torch.cuda.CUDAGraph] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def low_precision(self) -> bool:
+        return self.dtype != torch.float32
 
     def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
@@ -156,32 +120,6 @@ def count_flops(config: ModelConfig, batch_size: int) -> dict[str, int]:
     return flops
 
 
-def matmul_peak(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest large square product, by PyTorch's own route or by the one `stgcma_fast` takes."""
-    best = 0.0
-    for size in (4096, 8192, 16384) if device == "cuda" else (1024, 2048, 4096):
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        for product in (torch.matmul, linear):
-            for _ in range(3):
-                best = max(best, 2 * size**3 / timed(lambda product=product, a=a, b=b: product(a, b), device)[0])
-    return best
-
-
-def timed(step: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Seconds and result of one call, begun and ended with an idle device."""
-    if device == "cpu":
-        start = time.perf_counter()
-        result = step()
-        return time.perf_counter() - start, result
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
-    result = step()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3, result
-
-
 def verify(what: str, got: Tensor | None, hi: Tensor, low: Tensor | None, dtype: torch.dtype, gradient: bool) -> None:
     """Hold a tensor against the reference's, ``hi``; in low precision also against its own error there, ``low``.
 
@@ -198,6 +136,17 @@ def verify(what: str, got: Tensor | None, hi: Tensor, low: Tensor | None, dtype:
         raise DisagreementError(f"{what}: error {error:.3g}, allowed {allowed:.3g}")
 
 
+def pooled_gates(gradients: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The gates' gradients as one: a single rounding error measures nothing, the reference's own may be zero by luck."""
+    kinds = ("gate_v", "gate_a")
+    pooled = {name: g for name, g in gradients.items() if not name.endswith(kinds)}
+    for kind in kinds:
+        gates = [g for name, g in gradients.items() if name.endswith(kind) and g is not None]
+        if gates:
+            pooled[f"every {kind}"] = torch.cat(gates)
+    return pooled
+
+
 class Race:
     """The implementations, their common inputs, and what is measured of them.
 
@@ -206,7 +155,7 @@ class Race:
         impls: names in `IMPLEMENTATIONS`. The reference is always built, as the yardstick, but timed only if named.
         phases: "infer", "train" or both.
         batch_size: clips.
-        dtype: float32, or a lower precision for autocast.
+        dtypes: float32, or a lower precision for autocast; every implementation runs in each.
         device: "cpu" or "cuda".
         steps: timed rounds, or "auto".
         console: where progress and notes go.
@@ -218,7 +167,7 @@ class Race:
         impls: Sequence[str],
         phases: Sequence[str],
         batch_size: int,
-        dtype: torch.dtype,
+        dtypes: Sequence[torch.dtype],
         device: str,
         steps: int | Literal["auto"],
         console: Console,
@@ -226,61 +175,75 @@ class Race:
         self.start = time.perf_counter()
         self.config, self.impls, self.batch_size = config, impls, batch_size
         self.phases = [phase for phase in PHASES if phase in phases]
-        self.dtype, self.device, self.steps, self.console = dtype, device, steps, console
-        self.low_precision = dtype != torch.float32
+        self.dtypes, self.device, self.steps, self.console = dtypes, device, steps, console
         self.audio, self.video, self.target = make_inputs(config, batch_size, device)
         self.meter = Meter(device)
 
-    def autocast(self, enabled: bool) -> torch.autocast:
-        return torch.autocast(self.device, self.dtype, enabled=enabled)
+    def autocast(self, dtype: torch.dtype) -> torch.autocast:
+        return torch.autocast(self.device, dtype, enabled=dtype != torch.float32)
 
-    def build(self, name: str, state: dict[str, Tensor] | None) -> Contender:
-        """An implementation with the weights ``state``; without, the weights of `fill`."""
+    def build(self, name: str, dtype: torch.dtype, reference: Contender | None) -> Contender:
+        """An implementation with the weights of ``reference``, whose module serves the reference in every dtype; with the
+        weights of `fill` where there is none yet."""
         before = self.meter.used()
-        with torch.device(self.device):
-            module, call = IMPLEMENTATIONS[name](self.config)
-        if state is None:
-            fill(module)
+        if name == "reference" and reference is not None:
+            module = call = reference.module
         else:
-            module.load_state_dict(state)
-        if self.low_precision and isinstance(module, sf.FastSTGCMA):
-            module.cast_frozen(self.dtype)
-        contender = Contender(name, module, call, self.meter.used() - before)
+            with torch.device(self.device):
+                module, call = IMPLEMENTATIONS[name](self.config)
+            if reference is None:
+                fill(module)
+            else:
+                module.load_state_dict(reference.module.state_dict())
+            if dtype != torch.float32 and isinstance(module, sf.FastSTGCMA):
+                module.cast_frozen(dtype)
+        shared = reference.held if reference is not None and module is reference.module else 0
+        contender = Contender(name, dtype, module, call, shared + self.meter.used() - before)
         # As published: Adam with L2, the same for all.
         parameters = [p for _, p in contender.named_trainable()]
-        contender.optimizer = torch.optim.Adam(parameters, lr=5e-5, betas=(0.95, 0.999), weight_decay=5e-7)
-        contender.scaler = torch.amp.GradScaler(self.device, enabled=self.dtype == torch.float16)
+        contender.optimizer = torch.optim.Adam(
+            parameters, lr=5e-5, betas=(0.95, 0.999), weight_decay=5e-7, fused=True, capturable=name == "fast_graph"
+        )
+        contender.scaler = torch.amp.GradScaler(self.device, enabled=dtype == torch.float16)
         return contender
 
-    def infer(self, contender: Contender, autocast: bool = True) -> Tensor:
+    def infer(self, contender: Contender) -> Tensor:
         """One forward."""
-        with torch.inference_mode(), self.autocast(autocast and self.low_precision):
+        with torch.inference_mode(), self.autocast(contender.dtype):
             return contender.call(self.audio, self.video)
 
-    def gradients(self, contender: Contender, autocast: bool = True) -> tuple[Tensor, dict[str, Tensor | None]]:
+    def gradients(self, contender: Contender) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Logits and every trainable gradient in eval mode: without stochastic depth and dropout."""
-        with self.autocast(autocast and self.low_precision):
+        with self.autocast(contender.dtype):
             logits = contender.call(self.audio, self.video)
             loss = F.cross_entropy(logits, self.target)
         scale = contender.scaler.get_scale()
         (loss * scale).backward()
         gradients = {name: None if p.grad is None else p.grad / scale for name, p in contender.named_trainable()}
         contender.optimizer.zero_grad()
-        if self.low_precision:
-            # One rounding error measures nothing: the reference's own may be zero by luck. All gates together do.
-            for kind in ("gate_v", "gate_a"):
-                gates = [gradients.pop(name) for name in [*gradients] if name.endswith(kind)]
-                gradients[f"every {kind}"] = torch.cat([g for g in gates if g is not None])
         return logits.detach(), gradients
 
     def train(self, contender: Contender) -> None:
         """One whole step: forward, loss, backward, optimizer."""
-        with self.autocast(self.low_precision):
+        contender.optimizer.zero_grad()
+        with self.autocast(contender.dtype):
             loss = F.cross_entropy(contender.call(self.audio, self.video), self.target)
         contender.scaler.scale(loss).backward()
         contender.scaler.step(contender.optimizer)
         contender.scaler.update()
-        contender.optimizer.zero_grad()
+
+    def capture(self, contender: Contender, phase: str) -> torch.cuda.CUDAGraph:
+        """A whole step as one CUDA graph, on the inputs where they lie."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # whatever a first step sets up must be there
+                getattr(self, phase)(contender)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            getattr(self, phase)(contender)
+        return graph
 
     def prime(self, contender: Contender) -> None:
         """Let the optimizer take its memory by a step of rate zero, which leaves the weights as they are."""
@@ -300,7 +263,7 @@ class Race:
             self.prime(contender)
         contender.module.eval()
         run = self.gradients if phase == "train" else lambda c: (self.infer(c), {})
-        if contender.name == "compiled":
+        if contender.name.endswith("compiled"):
             seconds, _ = timed(lambda: run(contender), self.device)  # compiles, which takes memory of its own
             contender.first_calls += seconds
         level = self.meter.used()
@@ -315,10 +278,15 @@ class Race:
         """One step of a phase, in seconds."""
         contender.module.train(phase == "train")
         torch.manual_seed(seed)
+        if contender.name == "fast_graph":
+            if phase not in contender.graphs:
+                contender.graphs[phase] = self.capture(contender, phase)
+            return timed(contender.graphs[phase].replay, self.device)[0]
         return timed(lambda: getattr(self, phase)(contender), self.device)[0]
 
     def check(self, contenders: list[Contender], phase: str, progress: Progress) -> None:
-        """Compare each implementation with the first, the reference, as yet at equal weights, and measure their memory.
+        """Compare each implementation with the first, the reference in float32, as yet at equal weights, and measure their
+        memory. In low precision the reference comes before the others.
 
         On the CPU it is the warm-up, too.
 
@@ -326,24 +294,25 @@ class Race:
             DisagreementError: an implementation is further off than the yardstick allows.
         """
         task = progress.add_task(f"{phase}: check", total=len(contenders))
-
-        reference = contenders[0]
-        hi, hi_gradients = self.measured(reference, phase)
-        low, low_gradients = None, {}
-        if self.low_precision:
-            low, low_gradients = hi, hi_gradients
-            hi, hi_gradients = (self.infer(reference, False), {}) if phase == "infer" else self.gradients(reference, False)
-            reference.max_abs_err = max(reference.max_abs_err, (low.float() - hi).abs().max().item())
+        hi, hi_gradients = self.measured(contenders[0], phase)
+        lows: dict[torch.dtype, tuple[Tensor | None, dict[str, Tensor | None]]] = {torch.float32: (None, {})}
         progress.advance(task)
         for contender in contenders[1:]:
             logits, gradients = self.measured(contender, phase)
-            verify(f"{contender.name}, {phase}, logits", logits, hi, low, self.dtype, False)
-            for key, gradient in hi_gradients.items():
-                if gradient is not None:
-                    what = f"{contender.name}, gradient of {key}"
-                    verify(what, gradients[key], gradient, low_gradients.get(key), self.dtype, True)
             contender.max_abs_err = max(contender.max_abs_err, (logits.float() - hi).abs().max().item())
             progress.advance(task)
+            if contender.name == "reference":
+                lows[contender.dtype] = logits, gradients
+                continue
+            low, low_gradients = lows[contender.dtype]
+            verify(f"{contender.title}, {phase}, logits", logits, hi, low, contender.dtype, False)
+            exact = hi_gradients
+            if contender.low_precision:
+                exact, gradients, low_gradients = map(pooled_gates, (exact, gradients, low_gradients))
+            for key, gradient in exact.items():
+                if gradient is not None:
+                    what = f"{contender.title}, gradient of {key}"
+                    verify(what, gradients[key], gradient, low_gradients.get(key), contender.dtype, True)
 
     def rounds(self, phase: str, one_round: float) -> int:
         """How many rounds of a phase to time, given the seconds one takes."""
@@ -363,7 +332,7 @@ class Race:
         def one_round(number: int) -> dict[str, float]:
             seconds = {}
             for contender in contenders[:: -1 if number % 2 else 1]:
-                seconds[contender.name] = self.step(contender, phase, number)
+                seconds[contender.title] = self.step(contender, phase, number)
                 progress.advance(task)
             return seconds
 
@@ -371,13 +340,13 @@ class Race:
         short = self.device == "cpu" and phase != self.phases[-1]
         warmup = [one_round(i) for i in range(CUDA_WARMUP if self.device == "cuda" else 0 if short else 1)]
         for contender in contenders if warmup else ():
-            contender.first_calls += warmup[0][contender.name]
+            contender.first_calls += warmup[0][contender.title]
         total = self.rounds(phase, sum(warmup[-1].values()) if warmup else 0)
         progress.update(task, total=(len(warmup) + total) * len(contenders))
         # Without time for another round, what was meant to be the warm-up has to do.
         rounds = [one_round(i) for i in range(total)] or warmup[-1:]
         for contender in contenders:
-            contender.times[phase] = [seconds[contender.name] for seconds in rounds]
+            contender.times[phase] = [seconds[contender.title] for seconds in rounds]
 
     def run(self) -> list[dict[str, Any]]:
         """Check, then time.
@@ -390,50 +359,60 @@ class Race:
         """
         # The float32 reference is the yardstick: no convolution may round its operands to TF32.
         torch.backends.cudnn.allow_tf32 = False
+        # The reference in float32 is the yardstick of all, in a low precision that of the others' errors there.
+        names = [("reference", dtype) for dtype in dict.fromkeys((torch.float32, *self.dtypes))]
+        names += [(name, dtype) for dtype in self.dtypes for name in self.impls if name != "reference"]
         with progress_bar(self.console) as progress:
-            task = progress.add_task("build", total=len({"reference", *self.impls}))
+            task = progress.add_task("build", total=len(names))
             contenders: list[Contender] = []
-            for name in ("reference", *(name for name in self.impls if name != "reference")):
-                contenders.append(self.build(name, contenders[0].module.state_dict() if contenders else None))
+            for name, dtype in names:
+                contenders.append(self.build(name, dtype, contenders[0] if contenders else None))
                 progress.advance(task)
-            raced = [c for c in contenders if c.name in self.impls]
+            raced = [c for c in contenders if c.name in self.impls and c.dtype in self.dtypes]
             for phase in self.phases:
                 self.check(contenders, phase, progress)
                 self.race(raced, phase, progress)
-        contenders = raced
-        for contender in contenders:
-            if contender.name == "compiled":
+        for contender in raced:
+            if contender.name.endswith("compiled"):
                 self.console.print(
-                    f"compiled: first calls, with compilation, took {contender.first_calls:.0f} s; not in the table"
+                    f"{contender.title}: first calls, with compilation, took {contender.first_calls:.0f} s; not in the table"
                 )
-        flops, machine = count_flops(self.config, self.batch_size), matmul_peak(self.device, self.dtype)
+        flops = count_flops(self.config, self.batch_size)
+        machine = {dtype: matmul_peak(self.device, dtype) for dtype in self.dtypes}
         self.console.print(
-            f"fastest matrix product: {machine / 1e12:.3g} TFLOP/s; products of the reference, in TFLOP: "
+            "fastest matrix product, in TFLOP/s: "
+            + ", ".join(f"{str(dtype).removeprefix('torch.')} {machine[dtype] / 1e12:.3g}" for dtype in self.dtypes)
+            + "; products of the reference, in TFLOP: "
             + ", ".join(f"{phase} {flops[phase] / 1e12:.3g}" for phase in self.phases)
             + "; timed rounds: "
-            + ", ".join(f"{phase} {len(contenders[0].times[phase])}" for phase in self.phases)
+            + ", ".join(f"{phase} {len(raced[0].times[phase])}" for phase in self.phases)
         )
         rows = []
         for phase in self.phases:
-            p50 = {c.name: statistics.median(c.times[phase]) for c in contenders}
-            for c in contenders:
-                p20, p80 = (
-                    torch.tensor(c.times[phase], dtype=torch.float64).quantile(torch.tensor([0.2, 0.8]).double()).tolist()
-                )
-                rows.append(
-                    {
-                        "impl": c.name,
-                        "phase": phase,
-                        "p20_ms": p20 * 1e3,
-                        "p50_ms": p50[c.name] * 1e3,
-                        "p80_ms": p80 * 1e3,
-                        "clips_per_s": self.batch_size / p50[c.name],
-                        "peak_mb": c.peak[phase] / 1e6 if phase in c.peak else None,
-                        "speedup": p50["reference"] / p50[c.name] if "reference" in p50 else None,
-                        "max_abs_err": c.max_abs_err,
-                        "peak_share": flops[phase] / p50[c.name] / machine,
-                    }
-                )
+            p50 = {(c.name, c.dtype): quantiles(c.times[phase])[1] for c in raced}
+            base = p50.get(("reference", self.dtypes[0]))
+            for dtype in self.dtypes:
+                for c in raced:
+                    if c.dtype != dtype:
+                        continue
+                    low, middle, high = quantiles(c.times[phase])
+                    rows.append(
+                        {
+                            "impl": c.name,
+                            "phase": phase,
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "p20_ms": low * 1e3,
+                            "p50_ms": middle * 1e3,
+                            "p80_ms": high * 1e3,
+                            "rounds": len(c.times[phase]),
+                            "clips_per_s": self.batch_size / middle,
+                            "peak_mb": c.peak[phase] / 1e6 if phase in c.peak else None,
+                            "speedup": base / middle if base else None,
+                            "speedup_over": f"reference {str(self.dtypes[0]).removeprefix('torch.')}" if base else None,
+                            "max_abs_err": c.max_abs_err,
+                            "peak_share": flops[phase] / middle / machine[dtype],
+                        }
+                    )
         return rows
 
 
@@ -457,51 +436,19 @@ COLUMNS = {
 def print_table(rows: Sequence[dict[str, Any]], title: str, console: Console) -> None:
     """The measurements, for people."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for name in ("phase", "impl"):
+    for name in ("phase", "impl", "dtype"):
         table.add_column(name, no_wrap=True)
     for heading, _ in COLUMNS.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         numbers = ("-" if row[key] is None else text(row[key]) for key, (_, text) in COLUMNS.items())
-        table.add_row(row["phase"], row["impl"], *numbers)
+        table.add_row(row["phase"], row["impl"], row["dtype"], *numbers)
     console.print(table)
     console.print(
-        "clips/s and speed-up by p50; speed-up over the reference; peak: most memory held, weights included; error: of the "
-        "logits, against the reference in float32; of peak: FLOP/s of the reference's products over the fastest product's"
+        "clips/s and speed-up by p50; speed-up over the reference in the first dtype; peak: most memory held, weights "
+        "included; error: of the logits, against the reference in float32; of peak: FLOP/s of the reference's products over "
+        "the fastest product's"
     )
-
-
-def commit() -> str | None:
-    """The checkout's commit, marked where files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    described = ("git", "-C", root, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=7")
-    try:
-        return subprocess.run(described, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def origin(device: str) -> dict[str, Any]:
-    """Where and when something was measured, for its JSON."""
-    return {
-        "versions": report.versions() | {"device": report.device_name(device)},
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def progress_bar(console: Console) -> Progress:
-    """Description, bar, count and time of each task."""
-    columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console)
-
-
-def check_folder(p: ArgumentParser, file: str | None) -> None:
-    """End the command before any work is done if there is no folder for its ``--json`` file."""
-    if file is not None and not Path(file).absolute().parent.is_dir():
-        p.error(f"--json: there is no folder {Path(file).absolute().parent}")
 
 
 def parser() -> ArgumentParser:
@@ -517,14 +464,17 @@ def parser() -> ArgumentParser:
         choices=tuple(IMPLEMENTATIONS),
         nargs="+",
         default=None,
-        help="what to time: the model in plain PyTorch, the same under torch.compile, FastSTGCMA (default: all on CUDA; on the "
-        "CPU all but compiled, whose compilation takes minutes)",
+        help="what to time: the model in plain PyTorch, the same under torch.compile, FastSTGCMA, that under torch.compile, "
+        "and a whole step of it as one CUDA graph (default: all on CUDA; reference and fast on the CPU, where compilation "
+        "takes minutes)",
     )
     p.add_argument(
         "--dtype",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help="below float32, autocast is used; auto: float32 on the CPU, bfloat16 on CUDA",
+        choices=tuple(DTYPES),
+        nargs="+",
+        default=None,
+        help="below float32, autocast is used; of several all are run, and compared with the reference in the first (default: "
+        "float32 on the CPU, bfloat16 on CUDA)",
     )
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is a device")
     p.add_argument(
@@ -533,7 +483,7 @@ def parser() -> ArgumentParser:
         default="auto",
         help=f"timed steps of each; auto: {CUDA_ROUNDS} on CUDA, as many as fit into four minutes on the CPU",
     )
-    p.add_argument("--json", type=str, metavar="FILE", help="write the rows here; the folder must exist")
+    add_json(p)
     return p
 
 
@@ -541,34 +491,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
     p = parser()
     args = p.parse_args(argv)
-    check_folder(p, args.json)
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: PyTorch finds no CUDA device here")
-    dtype = args.dtype if args.dtype != "auto" else {"cpu": "float32", "cuda": "bfloat16"}[device]
+    file = json_file(p, args.json, device)
+    dtypes = list(dict.fromkeys(args.dtype or ["float32" if device == "cpu" else "bfloat16"]))
     console = Console()
     impls = args.impl
     if impls is None:
-        impls = [name for name in IMPLEMENTATIONS if device == "cuda" or name != "compiled"]
+        impls = [name for name in IMPLEMENTATIONS if device == "cuda" or name in ("reference", "fast")]
         if device == "cpu":
-            console.print(
-                "compiled is left out: on the CPU its compilation takes minutes; --impl reference compiled fast adds it"
-            )
+            console.print("what is compiled is left out: on the CPU that takes minutes; --impl reference compiled fast adds it")
     impls = list(dict.fromkeys(impls))
+    if "fast_graph" in impls and (device == "cpu" or "float16" in dtypes):
+        p.error("--impl fast_graph: a CUDA graph needs --device cuda, and a dtype without loss scaling: float32 or bfloat16")
     config = preset(args.arch, args.adapters, task=args.task)
-    labels = {"arch": args.arch, "adapters": args.adapters, "task": args.task, "batch_size": args.batch_size, "dtype": dtype}
-    labels["device"] = device
+    labels = {"arch": args.arch, "adapters": args.adapters, "task": args.task, "batch_size": args.batch_size, "device": device}
+    tensor_dtypes = [DTYPES[name] for name in dtypes]
     try:
-        measured = Race(config, impls, args.phase, args.batch_size, DTYPES[dtype], device, args.steps, console).run()
+        measured = Race(config, impls, args.phase, args.batch_size, tensor_dtypes, device, args.steps, console).run()
     except DisagreementError as error:
         console.print(f"no speed is reported, an implementation disagrees with the reference: {error}", style="bold red")
         return 1
-    source = origin(device)
-    rows = [row | labels | source for row in measured]
-    title = f"{args.arch} {args.adapters}, {args.task}, batch {args.batch_size}, {dtype} on {device}"
+    rows = [row | labels for row in measured]
+    title = f"{args.arch} {args.adapters}, {args.task}, batch {args.batch_size} on {device}"
     print_table(rows, title, console)
-    if args.json is not None:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    if file is not None:
+        save(file, "throughput", rows, ("arch", "adapters", "task", "batch_size", "dtype", "phase", "impl"), device)
     return 0
 
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 import triton
+from harness import DTYPES, origin, progress_bar
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import Progress
 from shapes import CASES, Case, tensors
-from throughput import DTYPES, origin, progress_bar
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 

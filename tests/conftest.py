@@ -12,6 +12,20 @@ import pytest
 import torch
 
 
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """After every test for a device has run, leave word for the benchmarks whether all passed, and at which commit."""
+    option = session.config.option
+    whole = not (option.keyword or option.lf or option.ignore or option.deselect or option.collectonly)
+    whole = whole and session.config.args == session.config.getini("testpaths")
+    device = {"not gpu and not slow": "cpu", "gpu": "cuda"}.get(option.markexpr)
+    if not whole or device is None or hasattr(session.config, "workerinput"):
+        return
+    from benchmarks.harness import commit, green_file
+
+    green_file(device).parent.mkdir(exist_ok=True)
+    green_file(device).write_text(f"{commit()} {'passed' if exitstatus == pytest.ExitCode.OK else 'failed'}\n")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Whatever a test draws without a generator of its own, it draws the same in every order of tests."""
