@@ -1,11 +1,11 @@
-"""The operators at the shapes the models give them: one clip, every stage of the four architectures.
+"""The operators at the shapes the models give them, one clip, every stage of the four architectures; and at odd shapes.
 
 T frames of a clip, S tokens of a frame, D channels, h heads, r adapter width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +67,12 @@ class Stage(NamedTuple):
     rank: int
     side: int = 0
     window: int = 0
+    clips: int = 1
+
+    @property
+    def images(self) -> int:
+        """Frames of all clips."""
+        return self.clips * self.frames
 
     @property
     def streams(self) -> list[tuple[str, int]]:
@@ -97,7 +103,7 @@ def _stages() -> Iterator[Stage]:
 STAGES = [*_stages()]
 
 
-def _norms() -> Iterator[Case]:
+def _norms(stages: Iterable[Stage]) -> Iterator[Case]:
     def case(label: str, leading: tuple[int, ...], dim: int) -> Case:
         def arguments(make: Make) -> Arguments:
             return (make(*leading, dim), make(dim, grad=False), make(dim, grad=False), 1e-5), {}
@@ -106,60 +112,60 @@ def _norms() -> Iterator[Case]:
 
     def packed(stage: Stage) -> Case:
         def arguments(make: Make) -> Arguments:
-            streams = [make(1, stage.frames, tokens, stage.dim) for tokens in (stage.visual, stage.audio)]
+            streams = [make(stage.clips, stage.frames, tokens, stage.dim) for tokens in (stage.visual, stage.audio)]
             return (streams, make(stage.dim, grad=False), make(stage.dim, grad=False), 1e-5), {}
 
         return Case("layer_norm", f"{stage.label} both streams", packed_layer_norm, arguments)
 
     def class_token(stage: Stage) -> Case:
         def arguments(make: Make) -> Arguments:
-            tokens = make(1, stage.frames, stage.visual, stage.dim)
+            tokens = make(stage.clips, stage.frames, stage.visual, stage.dim)
             return (tokens[:, :, 0], make(stage.dim, grad=False), make(stage.dim, grad=False), 1e-5), {}
 
         return Case("layer_norm", f"{stage.label} class token", ops.layer_norm, arguments)
 
-    for stage in STAGES:
+    for stage in stages:
         for label, tokens in stage.streams:
-            yield case(label, (1, stage.frames, tokens), stage.dim)
+            yield case(label, (stage.clips, stage.frames, tokens), stage.dim)
         yield packed(stage)
         if not stage.side:
             yield class_token(stage)
         elif stage.side > stage.window:
-            yield case(f"{stage.label} merging", (1, stage.frames, stage.visual // 4), 4 * stage.dim)
+            yield case(f"{stage.label} merging", (stage.clips, stage.frames, stage.visual // 4), 4 * stage.dim)
 
 
-def _temporal() -> Iterator[Case]:
+def _temporal(stages: Iterable[Stage]) -> Iterator[Case]:
     def case(label: str, stage: Stage, tokens: int) -> Case:
         def arguments(make: Make) -> Arguments:
             head = stage.dim // stage.heads
             bias = make(stage.heads, stage.frames, stage.frames) if stage.side else None
-            return (make(1, stage.frames, tokens, 3, stage.heads, head), bias), {"scale": head**-0.5}
+            return (make(stage.clips, stage.frames, tokens, 3, stage.heads, head), bias), {"scale": head**-0.5}
 
         return Case("temporal_attention", label, ops.temporal_attention, arguments)
 
-    for stage in STAGES:
+    for stage in stages:
         for label, tokens in stage.streams:
             yield case(label, stage, tokens)
 
 
-def _spatial() -> Iterator[Case]:
+def _spatial(stages: Iterable[Stage]) -> Iterator[Case]:
     def case(label: str, stage: Stage, tokens: int) -> Case:
         def arguments(make: Make) -> Arguments:
             head = stage.dim // stage.heads
-            return (make(stage.frames, tokens, 3, stage.heads, head),), {"scale": head**-0.5}
+            return (make(stage.images, tokens, 3, stage.heads, head),), {"scale": head**-0.5}
 
         return Case("spatial_attention", label, ops.spatial_attention, arguments)
 
-    for stage in STAGES:
+    for stage in stages:
         for label, tokens in stage.streams if not stage.side else ():
             yield case(label, stage, tokens)
 
 
-def _windows() -> Iterator[Case]:
+def _windows(stages: Iterable[Stage]) -> Iterator[Case]:
     def case(stage: Stage, shift: int) -> Case:
         def arguments(make: Make) -> Arguments:
             head, length, side = stage.dim // stage.heads, stage.window**2, stage.side
-            qkv = make(stage.frames, side, side, 3, stage.heads, head)
+            qkv = make(stage.images, side, side, 3, stage.heads, head)
             mask = shift_mask(side, side, stage.window, shift).to(qkv.device) if shift else None
             options = {"window": stage.window, "shift": shift, "scale": head**-0.5, "mask": mask}
             return (qkv, make(stage.heads, length, length, grad=False)), options
@@ -167,9 +173,7 @@ def _windows() -> Iterator[Case]:
         label = f"{stage.label} shift {shift}"
         return Case("window_attention", label, ops.window_attention, arguments)
 
-    # No preset has windows of 12: these are the largest that published Swin transformers use.
-    stress = Stage("window 12", 10, 24**2, 24**2, 768, 24, 96, 24, 12)
-    for stage in [*STAGES, stress]:
+    for stage in stages:
         for shift in stage.shifts if stage.side else ():
             yield case(stage, shift)
 
@@ -179,63 +183,89 @@ def _params(make: Make, stage: Stage) -> ops.AdapterParams:
     return ops.AdapterParams(make(rank, dim, std=dim**-0.5), make(rank), make(dim, rank, std=rank**-0.5), make(dim))
 
 
-def _adapters() -> Iterator[Case]:
+def _adapters(stages: Iterable[Stage]) -> Iterator[Case]:
     def case(label: str, stage: Stage, tokens: int, residual: bool) -> Case:
         def arguments(make: Make) -> Arguments:
-            x, y = (make(1, stage.frames, tokens, stage.dim) for _ in range(2))
+            x, y = (make(stage.clips, stage.frames, tokens, stage.dim) for _ in range(2))
             return (x, _params(make, stage), y if residual else None), {}
 
         return Case("adapter", label if residual else f"{label} no residual", ops.adapter, arguments)
 
-    for stage in STAGES:
+    for stage in stages:
         for label, tokens in stage.streams:
             # Stochastic depth scales what the adapter adds, so then the residual is added behind it.
             yield case(label, stage, tokens, True)
             yield case(label, stage, tokens, False)
 
 
-def _cross_modal() -> Iterator[Case]:
+def _cross_modal(stages: Iterable[Stage]) -> Iterator[Case]:
     def case(label: str, stage: Stage, groups: int, visual: int, audio: int) -> Case:
         def arguments(make: Make) -> Arguments:
             return (make(groups, visual, stage.rank), make(groups, audio, stage.rank), make(1), make(1)), {}
 
         return Case("cross_modal_attention", label, ops.cross_modal_attention, arguments)
 
-    for stage in STAGES:
-        yield case(stage.label, stage, stage.frames, stage.visual, stage.audio)
+    for stage in stages:
+        yield case(stage.label, stage, stage.images, stage.visual, stage.audio)
         if stage.side:
             length = stage.window**2
-            yield case(f"{stage.label} windows", stage, stage.frames * stage.visual // length, length, length)
+            yield case(f"{stage.label} windows", stage, stage.images * stage.visual // length, length, length)
 
 
-def _av_adapters() -> Iterator[Case]:
+def _av_adapters(stages: Iterable[Stage]) -> Iterator[Case]:
     def case(label: str, stage: Stage, window: ops.WindowGrid | None) -> Case:
         def arguments(make: Make) -> Arguments:
-            visual, visual_residual = (make(stage.frames, stage.visual, stage.dim) for _ in range(2))
-            audio, audio_residual = (make(stage.frames, stage.audio, stage.dim) for _ in range(2))
+            visual, visual_residual = (make(stage.images, stage.visual, stage.dim) for _ in range(2))
+            audio, audio_residual = (make(stage.images, stage.audio, stage.dim) for _ in range(2))
             options = {"residual_visual": visual_residual, "residual_audio": audio_residual, "window": window}
             return (visual, audio, _params(make, stage), _params(make, stage), make(1), make(1)), options
 
         return Case("av_adapter", label, ops.av_adapter, arguments)
 
-    for stage in STAGES:
+    for stage in stages:
         yield case(stage.label, stage, None)
         for shift in stage.shifts if stage.side else ():
             grid = ops.WindowGrid(stage.side, stage.side, stage.window, shift)
             yield case(f"{stage.label} windows shift {shift}", stage, grid)
 
 
-def _gelus() -> Iterator[Case]:
+def _gelus(stages: Iterable[Stage]) -> Iterator[Case]:
     def case(stage: Stage) -> Case:
         def arguments(make: Make) -> Arguments:
-            return (make(stage.frames * (stage.visual + stage.audio), 4 * stage.dim),), {"quick": not stage.side}
+            return (make(stage.images * (stage.visual + stage.audio), 4 * stage.dim),), {"quick": not stage.side}
 
         return Case("gelu", f"{stage.label} both streams", ops.gelu, arguments)
 
-    for stage in STAGES:
+    for stage in stages:
         yield case(stage)
 
 
-CASES: list[Case] = [
-    case for cases in (_norms, _temporal, _spatial, _windows, _adapters, _cross_modal, _av_adapters, _gelus) for case in cases()
+_ADAPTERS = (_adapters, _cross_modal, _av_adapters)
+_OPERATORS = (_norms, _temporal, _spatial, _windows, *_ADAPTERS, _gelus)
+
+
+def _cases(stages: Iterable[Stage], operators: Iterable[Callable[[Iterable[Stage]], Iterator[Case]]]) -> list[Case]:
+    stages = list(stages)
+    return [case for operator in operators for case in operator(stages)]
+
+
+# No preset has windows of 12: these are the largest that published Swin transformers use.
+_WINDOW_12 = Stage("window 12", 10, 24**2, 24**2, 768, 24, 96, 24, 12)
+
+CASES: list[Case] = _cases(STAGES, _OPERATORS) + _cases([_WINDOW_12], [_windows])
+
+_SWIN_L_3 = next(stage for stage in STAGES if stage.label == "swin_l stage 3")
+
+# What no preset asks for: to be measured, not to be tuned for.
+STRESS: list[Case] = [
+    *_cases(
+        [
+            _SWIN_L_3._replace(label="swin_l stage 3 batch 8", clips=8),
+            _SWIN_L_3._replace(label="swin_l stage 3 one frame", frames=1),
+            # Heads of 25 channels: no row begins where a vector load could.
+            _SWIN_L_3._replace(label="width 100", dim=100, heads=4, rank=100),
+        ],
+        _OPERATORS,
+    ),
+    *_cases([_SWIN_L_3._replace(label="swin_l stage 3 rank 100", rank=100)], _ADAPTERS),
 ]

@@ -38,7 +38,7 @@ def test_the_papers_sizes(shapes):
 
 def test_the_operators_take_them(shapes):
     """The reference checks and computes their shapes, on no data."""
-    for case in shapes.CASES:
+    for case in (*shapes.CASES, *shapes.STRESS):
         args, kwargs = case.build(torch.float32, "meta")
         outputs = list(shapes.tensors(case.function(*args, **kwargs, impl="reference")))
         assert all(y.requires_grad for y in outputs), case
@@ -51,3 +51,19 @@ def test_values(shapes):
     assert params.down_weight.std().item() == pytest.approx(768**-0.5, rel=0.05)
     assert x.dtype == torch.bfloat16
     assert params.up_weight.requires_grad
+
+
+def test_stress_shapes(shapes):
+    """The odd shapes have names of their own, and every operator but that of the ViTs has eight clips, one frame, width 100."""
+    labels = [(case.op, case.label) for case in (*shapes.CASES, *shapes.STRESS)]
+    assert len(labels) == len(set(labels))
+    stressed = ("swin_l stage 3 batch 8", "swin_l stage 3 one frame", "width 100")
+    for op in {case.op for case in shapes.CASES} - {"spatial_attention"}:
+        assert all(any(name == op and label.startswith(stress) for name, label in labels) for stress in stressed), op
+
+
+def test_clips_multiply_the_images(shapes):
+    (case,) = (case for case in shapes.STRESS if (case.op, case.label) == ("temporal_attention", "swin_l stage 3 batch 8"))
+    assert case.build(torch.float32, "meta")[0][0].shape == (8, 10, 196, 3, 24, 32)
+    (case,) = (case for case in shapes.STRESS if (case.op, case.label) == ("av_adapter", "swin_l stage 3 batch 8"))
+    assert case.build(torch.float32, "meta")[0][0].shape == (80, 196, 768)
