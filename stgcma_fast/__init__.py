@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from . import ops, reference
+from .annotate import annotate
 from .config import ClipConfig, ModelConfig, SwinConfig, preset
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ __all__ = [
     "FastSTGCMA",
     "ModelConfig",
     "SwinConfig",
+    "annotate",
     "load_adapters",
     "load_checkpoint",
     "load_pretrained",
