@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import reference
 from .checks import check_choice, check_shape
 from .dispatch import Impl, Implementation, check_impl, product_dtype, register, select
+from .short_attention import attention
 
 Backend = Literal["auto", "flash_attn", "xformers", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math"]
 
@@ -197,7 +198,11 @@ def _libraries(qkv: Tensor, *, scale: float) -> Tensor:
         # its kernels and cuDNN's can do in each release and on each GPU, and no process-wide switch has to be set.
         if not backend_refusals("flash_attn", qkv):
             return _flash_attn(qkv, scale)
-    return reference.spatial_attention(qkv, scale=scale)
+    return attention(qkv, None, scale)
+
+
+def _torch(qkv: Tensor, *, scale: float) -> Tensor:
+    return attention(_cast(qkv), None, scale)
 
 
 register(
@@ -205,6 +210,6 @@ register(
     # A library's attention is the fused kernel here, so that a model with impl="triton" runs whole.
     triton=Implementation(_libraries),
     # PyTorch's fused attention on strided views of the packed tensor.
-    torch=reference.spatial_attention,
+    torch=_torch,
     reference=reference.spatial_attention,
 )

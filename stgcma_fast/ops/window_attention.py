@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -14,6 +13,7 @@ from .av_adapter import check_window_grid
 from .boundary import define
 from .checks import check_alike, check_shape
 from .dispatch import TRITON_DTYPES, Impl, Implementation, product_dtype, register, select
+from .short_attention import attention
 
 WIDEST_HEAD = 128
 
@@ -59,15 +59,13 @@ def window_attention(
 
 def _torch(qkv: Tensor, bias: Tensor, *, window: int, shift: int, scale: float, mask: Tensor | None = None) -> Tensor:
     frames, height, width, *_ = qkv.shape
-    windows = window_partition(qkv, window, shift)  # [F, windows, L, 3, h, d]
-    query, key, value = windows.flatten(0, 1).permute(2, 0, 3, 1, 4)  # [F * windows, h, L, d] each
-    bias = bias.to(query.dtype)
+    windows = window_partition(qkv.to(product_dtype(qkv)), window, shift)  # [F, windows, L, 3, h, d]
+    bias = bias.to(windows.dtype)[None]
     if shift:
         mask = shift_mask(height, width, window, shift) if mask is None else mask
         bias = (bias + mask.to(bias)[:, None]).repeat(frames, 1, 1, 1)
-    bias = bias.expand(*query.shape[:3], -1)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
-    return window_reverse(out.transpose(1, 2).flatten(2).unflatten(0, (frames, -1)), height, width, window, shift)
+    out = attention(windows.flatten(0, 1), bias, scale)
+    return window_reverse(out.unflatten(0, (frames, -1)), height, width, window, shift)
 
 
 _fwd = define(

@@ -7,6 +7,7 @@ import torch
 
 from stgcma_fast import ops, reference
 from stgcma_fast.ops import cross_modal as module
+from stgcma_fast.ops import short_attention
 from tests.support.inputs import Device, draw, each_dtype, each_kernel_dtype, each_low_dtype, each_stride
 from tests.support.numerics import check, check_compiled, check_equal_in_float64, evaluate
 
@@ -203,6 +204,7 @@ def tiled(monkeypatch, poisoned_memory):
     apply = module._TiledAttention.apply
     monkeypatch.setattr(module._TiledAttention, "apply", lambda *args: calls.append(1) or apply(*args))
     monkeypatch.setattr(module, "_SMALL_SCORES", 0)
+    monkeypatch.setattr(short_attention, "_LONGEST", {})
     monkeypatch.setattr(module, "TILE_BYTES", 2000)
     yield
     assert calls
@@ -301,9 +303,11 @@ def test_errors(changed, message):
         ops.cross_modal_attention(**problem(2, 20, 13, 8) | changed)
 
 
-def test_tiled_backward_may_run_under_autocast(monkeypatch):
+@pytest.mark.parametrize("longest", [{}, {torch.float32: 64}], ids=["tiled", "batched"])
+def test_backward_may_run_under_autocast(longest, monkeypatch):
     """A forward outside autocast and a backward inside mixed two dtypes in one product."""
     monkeypatch.setattr(module, "_SMALL_SCORES", 0)
+    monkeypatch.setattr(short_attention, "_LONGEST", longest)
     v, a = (torch.randn(2, 5, 4, requires_grad=True) for _ in range(2))
     gates = torch.ones(1), torch.ones(1)
     out = ops.cross_modal_attention(v, a, *gates)
