@@ -6,8 +6,8 @@ benchmark, with its options; options alone are those of benchmarks/throughput.py
 
     compare.py main HEAD~3 -- benchmarks/throughput.py --arch swin_b --steps 5
 
-A change counts when it exceeds both 3 % and twice the spread from p20 to p80, the larger of the two sides'. Exits 1 if a time or
-a peak of memory has become worse, 2 where nothing can be compared.
+A change counts when it exceeds both 3 % and twice the spread from p20 to p80, the larger of the two sides'. Exits 1 if a time
+or a peak of memory has become worse, 2 where nothing can be compared.
 """
 
 from __future__ import annotations

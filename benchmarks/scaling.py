@@ -1,7 +1,7 @@
 """What more work costs: time and memory of STG-CMA as frames, the image or the clips of a step become more.
 
-One of them grows at a time, from the model of the presets: 10 frames, 224 pixels, one clip. At the cheapest point the outputs and
-gradients of all implementations are compared; after that each is measured alone. Points are taken in rising order of tokens, and
+One of them grows at a time, from the model of the presets: 10 frames, 224 pixels, one clip. At the cheapest point the outputs
+and gradients of all implementations are compared; after that each is measured alone. Points come in rising order of tokens, and
 an implementation's axis ends where its memory or the time of the command does not suffice, which its row then says.
 
 Exponents are least squares fits of log time and of log memory over log tokens of a step, both streams: frames and clips are
@@ -99,12 +99,10 @@ def free_memory() -> float:
 
 
 def extrapolated(known: Sequence[tuple[int, float]], tokens: int, largest: float) -> float:
-    """What to expect at a number of tokens, from (tokens, value) in rising order; 0 where nothing is known.
+    """What to expect at a number of tokens, from one or more (tokens, value) in rising order.
 
     The last two set the exponent, kept between 1 and ``largest``, which is taken where there is only one.
     """
-    if not known:
-        return 0.0
     exponent = largest
     if len(known) > 1:
         exponent = min(max(slope(known[-2:]) or 1.0, 1.0), largest)
@@ -158,23 +156,28 @@ class Scaling:
         with progress_bar(self.console) as progress:
             for phase in PHASES:
                 race.check(contenders, phase, progress)
+        del race, contenders
+        self.release()
 
-    def obstacle(self, point: Point, axis: str, impl: str, phase: str) -> str | None:
-        """Why not to measure a phase of an implementation at a point, seen from the axis' earlier points; None: nothing."""
-        rows = [row for row in self.rows if (row["axis"], row["impl"], row["phase"]) == (axis, impl, phase)]
-        if rows and rows[-1]["stopped"]:
-            return "stopped before"
-        largest = 1 if axis == "batch" else 2  # clips know nothing of each other, nothing grows faster than pairs of tokens
-
-        def expected(name: str) -> float:
-            return extrapolated([(row["tokens"], row[name]) for row in rows if row[name] is not None], point.tokens, largest)
-
-        needed, free = expected("peak_mb") * 1e6, free_memory()
-        if self.device == "cpu" and needed > USABLE * free:
-            return f"memory: about {needed / 1e9:.1f} GB would be needed, {free / 1e9:.1f} GB are free"
-        seconds, left = expected("p50_ms") / 1e3 * (1 + self.warmup(impl) + self.steps), self.end - time.perf_counter()
+    def obstacle(self, point: Point, impl: str, phase: str) -> str | None:
+        """Why not to measure a phase of an implementation at a point, seen from earlier points of its axes; None: nothing."""
+        rows = [row for row in self.rows if row["axis"] in point.axes and (row["impl"], row["phase"]) == (impl, phase)]
+        ended = next((row["stopped"] for row in rows if row["stopped"]), None)
+        if ended or not rows:
+            return ended
+        # Clips know nothing of one another; nothing grows faster than pairs of tokens.
+        largest = 1 if point.axes == ("batch",) else 2
+        seconds = extrapolated([(row["tokens"], row["p50_ms"] / 1e3) for row in rows], point.tokens, largest)
+        seconds *= 1 + self.warmup(impl) + self.steps
+        left = max(self.end - time.perf_counter(), 0)
         if seconds > left:
-            return f"time: about {seconds:.0f} s would be needed, {max(left, 0):.0f} s are left"
+            return f"time: about {seconds:.0f} s would be needed, {left:.0f} s are left"
+        if self.device == "cpu" and rows[-1]["work_mb"] is not None:
+            held = rows[-1]["peak_mb"] - rows[-1]["work_mb"]
+            work = extrapolated([(row["tokens"], row["work_mb"]) for row in rows], point.tokens, largest)
+            needed, free = (held + work) / 1e3, free_memory() / 1e9
+            if needed > USABLE * free:
+                return f"memory: about {needed:.1f} GB would be needed, {free:.1f} GB are free"
         return None
 
     def warmup(self, impl: str) -> int:
@@ -185,7 +188,7 @@ class Scaling:
         """Time and memory of one implementation at one point.
 
         Returns:
-            Measurements by phase. An allocation that fails is one, too: "stopped" says so, and no phase follows.
+            Measurements by phase. Where an allocation fails, "stopped" of that phase and those after it says so.
         """
         measured = {}
         try:
@@ -200,35 +203,41 @@ class Scaling:
         except RuntimeError as error:
             if not OUT_OF_MEMORY.search(str(error)):
                 raise
-            failed = next(phase for phase in phases if phase not in measured)
-            measured[failed] = numbers(point, None, None, None) | {"stopped": f"memory: {str(error).splitlines()[0]}"}
+            reason = f"memory: {str(error).splitlines()[0]}"
+            for phase in phases[len(measured) :]:
+                measured[phase] = numbers(point, None, None, None) | {"stopped": reason}
         return measured
 
     def add(self, point: Point, impl: str) -> list[dict[str, Any]]:
         """Measure an implementation at a point, where nothing is in the way.
 
         Returns:
-            The new rows: one for each axis and phase that had not ended.
+            The new rows: one for each phase and each axis that had not ended.
         """
-        obstacles = {(axis, phase): self.obstacle(point, axis, impl, phase) for axis in point.axes for phase in PHASES}
-        phases = [phase for phase in PHASES if any(obstacles[axis, phase] is None for axis in point.axes)]
+        obstacles = {phase: self.obstacle(point, impl, phase) for phase in PHASES}
+        phases = [phase for phase in PHASES if obstacles[phase] is None]
         measured = self.measure(point, impl, phases) if phases else {}
+        self.release()
         rows = []
-        for (axis, phase), obstacle in obstacles.items():
-            found = measured.get(phase)
-            if found is None:
-                if obstacle in (None, "stopped before"):
-                    continue
-                found = numbers(point, None, None, None) | {"stopped": obstacle}
-            rows.append({"axis": axis, "value": point.values[axis], "phase": phase, "impl": impl, **found})
+        for phase, obstacle in obstacles.items():
+            found = measured.get(phase) or numbers(point, None, None, None) | {"stopped": obstacle}
+            for axis in point.axes:
+                row = {"axis": axis, "value": point.values[axis], "phase": phase, "impl": impl}
+                ended = any(
+                    old["stopped"] and all(old[key] == row[key] for key in ("axis", "phase", "impl")) for old in self.rows
+                )
+                if not ended:
+                    rows.append(row | found)
         self.rows += rows
-        # Before the next model is built this one must be gone, and with it what was compiled for its sizes.
+        return rows
+
+    def release(self) -> None:
+        """Free the last models, and what was compiled for their sizes: the next ones need the room."""
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
-        if impl.endswith("compiled"):
+        if any(impl.endswith("compiled") for impl in self.impls):
             torch.compiler.reset()
-        return rows
 
 
 def numbers(point: Point, times: Sequence[float] | None, peak: int | None, held: int | None) -> dict[str, Any]:
@@ -305,13 +314,12 @@ def print_tables(rows: Sequence[dict[str, Any]], fits: Sequence[dict[str, Any]],
         table.add_column(name, no_wrap=True)
     for heading in ("ms\na clip", "peak\nMB", "work MB\na clip"):
         table.add_column(heading, justify="right")
-    order = sorted(rows, key=lambda row: (list(AXES).index(row["axis"]), PHASES.index(row["phase"]), row["impl"], row["value"]))
-    for row in order:
+    for row in rows:
         fields = ("ms_per_clip", "peak_mb", "work_mb_per_clip")
         cells = ["-" if row[field] is None else f"{row[field]:.4g}" for field in fields]
         table.add_row(row["axis"], row["phase"], row["impl"], str(row["value"]), *cells)
     console.print(table)
-    for row in order:
+    for row in rows:
         if row["stopped"]:
             console.print(f"{row['axis']} {row['value']}, {row['phase']}, {row['impl']}: stopped, {row['stopped']}")
     table = Table(title="exponents over tokens", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
@@ -368,6 +376,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "fast_graph" in impls and (device == "cpu" or dtype == "float16"):
         p.error("--impl fast_graph: a CUDA graph needs --device cuda, and a dtype without loss scaling: float32 or bfloat16")
     file = json_file(p, args.json, device)
+    if file is not None:
+        try:
+            save(file, "scaling", [], KEYS, device)
+        except ValueError as error:  # of another commit: better now than after the first measurement
+            p.error(f"--json: {error}")
     if args.plots is not None:
         args.plots.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -389,6 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     save(file, "scaling", rows, KEYS, device)
                 progress.advance(task)
     rows = [row | labels for row in scaling.rows]
+    rows.sort(key=lambda row: ([*AXES].index(row["axis"]), PHASES.index(row["phase"]), impls.index(row["impl"]), row["value"]))
     fits = exponents(rows)
     if file is not None:
         save(file, "scaling_exponents", fits, EXPONENT_KEYS, device)
