@@ -9,8 +9,8 @@ Shapes: B clips, T frames, S tokens of a frame, D channels, F = B * T, h heads, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from . import ops
 from .ops.adapter import adapters
 from .ops.dispatch import Impl, product_dtype
+from .ops.fp8 import QuantizedWeight, fp8_linear
 from .ops.layer_norm import packed_layer_norm
 from .ops.linear import linear
 from .ops.packing import split
@@ -29,6 +30,9 @@ from .reference.model import Block
 
 Affine = tuple[Tensor, Tensor]
 Streams = dict[str, Tensor]
+Precision = Literal["full", "fp8-frozen"]
+# The frozen layers that "fp8-frozen" runs in float8.
+FP8_LAYERS = ("qkv", "proj", "fc1", "fc2")
 
 
 class FrozenLayers(NamedTuple):
@@ -50,11 +54,19 @@ class FrozenLayers(NamedTuple):
     drop_shape: Callable[[Tensor], tuple[int, ...]]
     # Whatever else `attention` reads.
     tables: tuple[Tensor, ...] = ()
+    # Of layers that run in float8.
+    quantized: Mapping[str, QuantizedWeight] = {}
 
     @property
     def trained(self) -> bool:
         """Whether somebody trains a layer that the paper freezes."""
         return any(t.requires_grad for pair in (*self[:6], self.tables) for t in pair)
+
+    def product(self, name: str, x: Tensor, impl: Impl) -> Tensor:
+        """The linear layer of this name."""
+        weight, bias = getattr(self, name)
+        quantized = self.quantized.get(name)
+        return linear(x, weight, bias) if quantized is None else fp8_linear(x, weight, bias, quantized, impl=impl)
 
 
 class Runner(NamedTuple):
@@ -63,6 +75,7 @@ class Runner(NamedTuple):
     impl: Impl
     fold_temporal: bool
     checkpointing: bool
+    precision: Precision = "full"
 
 
 def _unpack(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -95,7 +108,7 @@ def _piece_size(layers: FrozenLayers, runner: Runner, x: Tensor, dim: int, widen
 def _packed_qkv(layers: FrozenLayers, xs: Sequence[Tensor], impl: Impl) -> Tensor:
     """``[..., D]`` each to packed rows ``[rows, 3, h, d]``."""
     normed = packed_layer_norm(xs, *layers.norm1, impl=impl)
-    return linear(normed, *layers.qkv).unflatten(-1, (3, layers.heads, -1))
+    return layers.product("qkv", normed, impl).unflatten(-1, (3, layers.heads, -1))
 
 
 def _qkv(layers: FrozenLayers, xs: Sequence[Tensor], impl: Impl) -> list[Tensor]:
@@ -153,21 +166,22 @@ def _temporal(block: Block, layers: FrozenLayers, streams: Streams, runner: Runn
 def _frozen_step(
     inner: Callable[[Sequence[Tensor]], list[Tensor]],
     layers: FrozenLayers,
-    tail: Affine,
+    tail: str,
     streams: Streams,
     widening: int,
     runner: Runner,
 ) -> Streams:
-    """``linear(inner(xs), *tail)``: all streams at once, or one piece of a stream at a time.
+    """``layers.product(tail, inner(xs))``: all streams at once, or one piece of a stream at a time.
 
     ``inner`` gives the rows of all streams in one tensor or, where they come apart, in one for each.
     """
     xs = list(streams.values())
     size = _piece_size(layers, runner, xs[0], 0, widening)
     if size is not None:
-        ys = [stream(lambda x, _: _unpack(*inner([x]), [x])[0], x, dim=0, size=size, tail=tail) for x in xs]
+        affine = getattr(layers, tail)
+        ys = [stream(lambda x, _: _unpack(*inner([x]), [x])[0], x, dim=0, size=size, tail=affine) for x in xs]
         return dict(zip(streams, ys, strict=True))
-    done = [linear(rows, *tail) for rows in inner(xs)]
+    done = [layers.product(tail, rows, runner.impl) for rows in inner(xs)]
     ys = _unpack(done[0], xs) if len(done) == 1 else [_unpack(y, [x])[0] for y, x in zip(done, xs, strict=True)]
     return dict(zip(streams, ys, strict=True))
 
@@ -182,7 +196,7 @@ def spatial_step(layers: FrozenLayers, streams: Streams, runner: Runner) -> Stre
             return [layers.attention(packed.unflatten(0, (-1, xs[0].shape[1]))).flatten(0, 1)]
         return [layers.attention(qkv).flatten(0, 1) for qkv in _unpack(packed, xs)]
 
-    return _frozen_step(inner, layers, layers.proj, streams, 3, runner)
+    return _frozen_step(inner, layers, "proj", streams, 3, runner)
 
 
 def global_step(layers: FrozenLayers, streams: Streams, runner: Runner) -> Streams:
@@ -190,10 +204,10 @@ def global_step(layers: FrozenLayers, streams: Streams, runner: Runner) -> Strea
 
     def inner(xs: Sequence[Tensor]) -> list[Tensor]:
         normed = packed_layer_norm(xs, *layers.norm2, impl=runner.impl)
-        return [layers.activation(linear(normed, *layers.fc1))]
+        return [layers.activation(layers.product("fc1", normed, runner.impl))]
 
     rows = {m: x.flatten(0, -2) for m, x in streams.items()}
-    done = _frozen_step(inner, layers, layers.fc2, rows, 4, runner)
+    done = _frozen_step(inner, layers, "fc2", rows, 4, runner)
     return {m: done[m].view_as(x) for m, x in streams.items()}
 
 
@@ -228,7 +242,10 @@ def run_block(frozen_layers: Callable[[Block, Impl], FrozenLayers], block: Block
     """One block, streams ``[B, T, S, D]`` keyed by modality to the same. ``frozen_layers`` is the backbone's."""
 
     def forward(streams: Streams) -> Streams:
-        return _forward(block, frozen_layers(block, runner.impl), streams, runner)
+        layers = frozen_layers(block, runner.impl)
+        if runner.precision == "fp8-frozen":
+            layers = layers._replace(quantized=block.quantized)
+        return _forward(block, layers, streams, runner)
 
     if runner.checkpointing and torch.is_grad_enabled():
         return checkpoint(forward, streams, use_reentrant=False)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from .backbones import clip, swin
-from .blocks import Runner
+from .blocks import FP8_LAYERS, Precision, Runner
 from .checkpoint import checked_state, load_checkpoint
 from .config import ModelConfig, preset
+from .ops.checks import check_choice
 from .ops.dispatch import Impl, check_impl
-from .reference.model import ReferenceSTGCMA, is_trainable
+from .ops.fp8 import quantize_weight, size_refusals
+from .reference.model import Block, ReferenceSTGCMA, is_trainable
 
 
 class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fast", license="apache-2.0"):
@@ -30,15 +32,18 @@ class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fas
         fold_temporal: merge the frozen projection into the temporal adapters' down-projection. Same mathematics, one matrix
             product over all tokens less.
         checkpointing: keep only each block's inputs for the backward and run the block again there.
+        precision: "fp8-frozen" runs the frozen linear layers of the blocks in float8, but for the temporal projection, and so
+            does the way back through them; "full" none. For bfloat16 on a GPU that has float8 products. Card: docs/ops/fp8.md.
         switches: with the name of a preset, any other field of `ModelConfig`.
 
     Blocks and frozen layers are not called as modules: hooks on them do not run, and modules put in their place are not used,
-    but for ``impl="reference"``. ``impl``, ``fold_temporal`` and ``checkpointing`` are not part of a saved model; give them to
-    ``from_pretrained`` again.
+    but for ``impl="reference"``. ``impl``, ``fold_temporal``, ``checkpointing`` and ``precision`` are no part of a saved model;
+    give them to ``from_pretrained`` again.
 
     Raises:
         ValueError: a name or a combination no model has.
-        NotImplementedError: ``impl`` cannot serve here.
+        NotImplementedError: ``impl`` cannot serve here, or ``precision`` these sizes. What lies in the device, the dtypes and
+            what is trained a call refuses.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fas
         impl: Impl = "auto",
         fold_temporal: bool = True,
         checkpointing: bool = False,
+        precision: Precision = "full",
         **switches: Any,
     ) -> None:
         if isinstance(config, str):
@@ -62,10 +68,14 @@ class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fas
             raise ValueError(f"config: got {config!r}, expected a ModelConfig, its dictionary, or the name of a preset")
         if impl == "reference" and checkpointing:
             raise ValueError("checkpointing: got True with impl='reference', which keeps every activation")
+        check_choice("precision", precision, get_args(Precision))
+        if impl == "reference" and precision != "full":
+            raise ValueError(f"precision: got {precision!r} with impl='reference', which rounds nothing to float8")
         check_impl(impl)
         super().__init__(config)
-        self.runner = Runner(impl, fold_temporal, checkpointing)
+        self.runner = Runner(impl, fold_temporal, checkpointing, precision)
         self._hub_mixin_config = {"config": config.to_dict()}
+        self.quantize_frozen()
 
     def features(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the head reads, ``[B * T, D]`` a stream, from images ``[B, T, c, height, width]``."""
@@ -103,6 +113,34 @@ class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fas
         """
         for parameter in self._frozen_products():
             parameter.data = parameter.data.to(dtype)
+        self.quantize_frozen()
+        return self
+
+    def quantize_frozen(self) -> None:
+        """With ``precision="fp8-frozen"``, make the float8 copies of frozen weights; else nothing.
+
+        The constructor, `load_state_dict`, `cast_frozen` and whatever moves or casts the model call it. Call it after writing
+        into frozen weights by other means.
+
+        Raises:
+            NotImplementedError: a weight's sizes do not fit.
+        """
+        if self.runner.precision == "full":
+            return
+        frozen_layers = (swin if self.is_swin else clip).frozen_layers
+        for name, block in self.named_modules():
+            if not isinstance(block, Block):
+                continue
+            layers = frozen_layers(block, self.runner.impl)
+            weights = {layer: getattr(layers, layer)[0] for layer in FP8_LAYERS}
+            reasons = [f"{name}.{layer}: {reason}" for layer, weight in weights.items() for reason in size_refusals(weight)]
+            if reasons:
+                raise NotImplementedError(f"precision='fp8-frozen' was asked for, but {'; '.join(reasons)}")
+            block.quantized = {layer: quantize_weight(weight) for layer, weight in weights.items()}
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> FastSTGCMA:
+        super()._apply(fn, recurse)
+        self.quantize_frozen()
         return self
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -129,7 +167,9 @@ class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fas
             RuntimeError: missing, unexpected or misshapen keys, all named.
             ValueError: weights that are not finite, or buffers of another geometry, all named.
         """
-        return super().load_state_dict(checked_state(self, state_dict), strict, assign)
+        keys = super().load_state_dict(checked_state(self, state_dict), strict, assign)
+        self.quantize_frozen()
+        return keys
 
     @classmethod
     def _load_as_safetensor(cls, model: FastSTGCMA, model_file: str, map_location: str, strict: bool) -> FastSTGCMA:
