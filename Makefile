@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
-THROUGHPUT = $(BIN)/python benchmarks/throughput.py --arch swin_l --device cuda
-.PHONY: venv bench resources test test-slow lint test-gpu bench-gpu tune
+# The commit that results are kept under where there is no .git: COMMIT=... with any target.
+export COMMIT
+.PHONY: venv bench tables resources test test-slow lint test-gpu bench-cpu bench-gpu bench-gpu-models bench-gpu-compiled tune
 
 venv: .venv/.installed
 
@@ -14,6 +15,9 @@ venv: .venv/.installed
 
 bench: venv
 	$(BIN)/python benchmarks/throughput.py --arch swin_l
+
+tables: venv
+	$(BIN)/python benchmarks/tables.py
 
 resources: venv
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/resources.py
@@ -31,13 +35,40 @@ lint: venv
 test-gpu: venv
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
 
-# What takes long comes last: compiling the whole reference takes minutes, and a run that is cut short keeps what it has.
+# Every part of a benchmark keeps its results as it ends, and what fails or takes too long does not stop the next.
+BEGIN = failed=0; set -x; unset TRITON_INTERPRET;
+END = || failed=1;
+THROUGHPUT = $(BIN)/python benchmarks/throughput.py --arch
+
+bench-cpu: venv
+	@$(BEGIN) \
+	$(foreach arch,swin_l clip_b16,$(THROUGHPUT) $(arch) --dtype float32 bfloat16 --steps 5 --device cpu --json auto $(END)) \
+	exit $$failed
+
+# A GPU may be lent for ten minutes at a time: each target fits into that by the limits of its parts, in seconds. What matters most
+# comes first, and what is compiled, which takes minutes, last.
+RACE = --impl reference fast fast_graph --device cuda --json auto $(END)
+COMPILED = --impl compiled --device cuda --json auto $(END)
+
 bench-gpu: venv
-	@mkdir -p benchmarks/results/operators
-	@failed=0; set -x; unset TRITON_INTERPRET; \
-	$(BIN)/python benchmarks/operators.py --json benchmarks/results/operators/bfloat16.json || failed=1; \
-	$(THROUGHPUT) --impl reference fast --json benchmarks/results/throughput_swin_l.json || failed=1; \
-	$(THROUGHPUT) --json benchmarks/results/throughput_swin_l.json || failed=1; \
+	@$(BEGIN) \
+	timeout 120 $(THROUGHPUT) swin_l --batch-size 1 $(RACE) \
+	timeout 90 $(THROUGHPUT) swin_l --batch-size 8 $(RACE) \
+	timeout 160 $(BIN)/python -m pytest benchmarks/ops --device cuda --json auto $(END) \
+	timeout 50 $(BIN)/python benchmarks/profile.py --arch swin_l --phase train --device cuda --json auto $(END) \
+	timeout 170 $(THROUGHPUT) swin_l --batch-size 1 $(COMPILED) \
+	exit $$failed
+
+bench-gpu-models: venv
+	@$(BEGIN) \
+	$(foreach arch,clip_l14 swin_b clip_b16,$(foreach batch,1 8,timeout 75 $(THROUGHPUT) $(arch) --batch-size $(batch) $(RACE))) \
+	timeout 140 $(BIN)/python benchmarks/scaling.py --arch swin_l --seconds 110 --device cuda --json auto $(END) \
+	exit $$failed
+
+bench-gpu-compiled: venv
+	@$(BEGIN) \
+	timeout 140 $(THROUGHPUT) swin_l --batch-size 8 $(COMPILED) \
+	$(foreach arch,clip_l14 swin_b clip_b16,$(foreach batch,1 8,timeout 75 $(THROUGHPUT) $(arch) --batch-size $(batch) $(COMPILED))) \
 	exit $$failed
 
 tune: venv
