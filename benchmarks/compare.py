@@ -1,10 +1,12 @@
 """Has anything become slower or larger? Compares two result files, or two commits, each with its own benchmark.
 
-Two files: rows of the same part and keys are matched. Two commits, tags or branches: both are checked out beside each other,
-a benchmark is run in each, in the order old, new, new, old, and only what shows in both halves counts. What follows `--` is the
-benchmark, with its options; options alone are those of benchmarks/throughput.py:
+Two files: rows of the same part and keys are matched; the parts are throughput, operators and scaling. Two commits, tags or
+branches: both are checked out beside each other, a benchmark is run in each, in the order old, new, new, old, and only what
+shows in both halves counts. What follows `--` is what Python runs, a script or a module; options alone are throughput.py's:
 
-    compare.py main HEAD~3 -- benchmarks/throughput.py --arch swin_b --steps 5
+    compare.py HEAD~3 main -- --arch swin_b --steps 5
+    compare.py HEAD~3 main -- benchmarks/scaling.py --arch clip_b16
+    compare.py HEAD~3 main -- -m pytest benchmarks/ops
 
 A change counts when it exceeds both 3 % and twice the spread from p20 to p80, the larger of the two sides'. Exits 1 if a time
 or a peak of memory has become worse, 2 where nothing can be compared.
@@ -159,7 +161,7 @@ def measure(tree: Path, command: Sequence[str], file: Path) -> dict[str, Any]:
 
     Args:
         tree: the worktree.
-        command: a Python script in it, and options.
+        command: what Python runs there: a script or a module, and options.
         file: where its results go.
 
     Raises:
@@ -257,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             if not command:
                 command = ["--arch", "swin_l"]
-            if command[0].startswith("-"):
+            if command[0].startswith("--"):
                 command = [THROUGHPUT, *command]
             pairs = measure_both(args.old, args.new, command, console)
         changes, missing = compare(pairs)

@@ -400,12 +400,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows = [row | labels for row in scaling.add(point, impl)]
                 if file is not None:
                     save(file, "scaling", rows, KEYS, device)
+                    fits = exponents([row | labels for row in scaling.rows])
+                    save(file, "scaling_exponents", fits, EXPONENT_KEYS, device)
                 progress.advance(task)
     rows = [row | labels for row in scaling.rows]
     rows.sort(key=lambda row: ([*AXES].index(row["axis"]), PHASES.index(row["phase"]), impls.index(row["impl"]), row["value"]))
     fits = exponents(rows)
-    if file is not None:
-        save(file, "scaling_exponents", fits, EXPONENT_KEYS, device)
     title = f"{args.arch} {args.adapters}, {dtype} on {device}"
     print_tables(rows, fits, title, console)
     if args.plots is not None:
