@@ -39,7 +39,9 @@ def scaled_product(rows: Tensor, row_scale: Tensor, weight: Tensor, weight_scale
     Returns:
         ``[N, O]``.
     """
-    y = (rows.to(row_scale.dtype) * row_scale) @ (weight.to(row_scale.dtype) * weight_scale).T
+    # Autocast would round the factors once more.
+    with torch.autocast(rows.device.type, enabled=False):
+        y = (rows.to(row_scale.dtype) * row_scale) @ (weight.to(row_scale.dtype) * weight_scale).T
     return y if bias is None else y + bias
 
 
