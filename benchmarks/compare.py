@@ -236,7 +236,7 @@ def print_table(changes: Sequence[Change], console: Console) -> None:
 
 def parser() -> ArgumentParser:
     """The command line."""
-    p = ArgumentParser(prog="compare.py", description=__doc__)
+    p = ArgumentParser(prog="compare.py", usage="%(prog)s [-h] old new [-- COMMAND ...]", description=__doc__)
     p.add_argument("old", help="a results file, or a commit of this repository")
     p.add_argument("new", help="what is held against it, of the same kind")
     return p
