@@ -29,7 +29,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from shapes import CASES, Case, tensors
+from shapes import CASES, INSIDE, Case, tensors
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -154,9 +154,10 @@ def launches(case: Case, dtype: torch.dtype, arch: str) -> tuple[list[launch.Lau
     with launch.record(divmod(_capability(arch), 10)) as recorded, kernels_on_cpu():
         with torch.no_grad():
             case.function(*args, **kwargs, impl="triton")
-        outputs = list(tensors(case.function(*args, **kwargs, impl="triton")))
+        outputs = [y for y in tensors(case.function(*args, **kwargs, impl="triton")) if y.requires_grad]
         split = len(recorded)
-        torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+        if outputs:
+            torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
     return recorded[:split], recorded[split:]
 
 
@@ -281,9 +282,9 @@ def print_table(rows: Iterable[Mapping[str, Any]], console: Console) -> None:
 def parser() -> ArgumentParser:
     """The command line."""
     p = ArgumentParser(prog="resources.py", description=__doc__)
-    served = sorted(op for op, implementations in dispatch.REGISTRY.items() if "triton" in implementations)
+    served = sorted({case.op for case in (*CASES, *INSIDE)})
     p.add_argument("--arch", choices=tuple(LIMITS), nargs="+", default=list(ARCHS), help="architectures to compile for")
-    p.add_argument("--op", choices=tuple(served), nargs="+", default=served, help="operators")
+    p.add_argument("--op", choices=tuple(served), nargs="+", default=served, help="operators, and what runs inside them")
     p.add_argument("--shape", nargs="+", default=[""], metavar="TEXT", help="shapes whose names begin so")
     p.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="dtype of all tensors")
     p.add_argument("--json", type=str, metavar="FILE", help="write the rows here; the folder must exist")
@@ -299,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("TRITON_INTERPRET is set: the interpreter compiles nothing; run this without it")
     console = Console()
     with progress_bar(console) as progress:
-        cases = [case for case in CASES if case.op in args.op and case.label.startswith(tuple(args.shape))]
+        cases = [case for case in (*CASES, *INSIDE) if case.op in args.op and case.label.startswith(tuple(args.shape))]
         wanted, notes = collect(cases, DTYPES[args.dtype], dict.fromkeys(args.arch), pinned_tables(), progress)
         rows = compile_all(wanted, progress)
     print_table(rows, console)

@@ -240,6 +240,22 @@ def _gelus(stages: Iterable[Stage]) -> Iterator[Case]:
         yield case(stage)
 
 
+def _quantizations(stages: Iterable[Stage]) -> Iterator[Case]:
+    def case(stage: Stage, width: int) -> Case:
+        def arguments(make: Make) -> Arguments:
+            return (make(stage.images * (stage.visual + stage.audio), width * stage.dim, grad=False),), {}
+
+        def quantize(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+            return torch.ops.stgcma_fast.quantize_fwd(x, torch.float8_e4m3fn)
+
+        return Case("quantize", f"{stage.label} width {width * stage.dim}", quantize, arguments)
+
+    for stage in stages:
+        # What frozen layers of float8 numbers round: tokens, gradients of q, k and v, the FFN's hidden tokens.
+        for width in (1, 3, 4):
+            yield case(stage, width)
+
+
 _ADAPTERS = (_adapters, _cross_modal, _av_adapters)
 _OPERATORS = (_norms, _temporal, _spatial, _windows, *_ADAPTERS, _gelus)
 
@@ -253,6 +269,9 @@ def _cases(stages: Iterable[Stage], operators: Iterable[Callable[[Iterable[Stage
 _WINDOW_12 = Stage("window 12", 10, 24**2, 24**2, 768, 24, 96, 24, 12)
 
 CASES: list[Case] = _cases(STAGES, _OPERATORS) + _cases([_WINDOW_12], [_windows])
+
+# Inside an operator, and without gradients of its own: compiled, but not measured by itself.
+INSIDE: list[Case] = _cases(STAGES, [_quantizations])
 
 _SWIN_L_3 = next(stage for stage in STAGES if stage.label == "swin_l stage 3")
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from . import __version__
 from .ops import linear
 from .ops.dispatch import OLDEST_GPU, REGISTRY, refusals, select
+from .ops.fp8 import fp8_refusals
 from .ops.spatial_attention import BACKENDS, backend_refusals
 
 
@@ -89,6 +90,7 @@ def operators() -> list[tuple[str, str, str, str]]:
             why.extend(f"  {name}: {'; '.join(backend_refusals(name)) or 'can serve'}" for name in BACKENDS)
         on_cuda = "torch" if reasons else "triton"
         rows.append((op, on_cpu, on_cuda if cuda else "no device", "\n".join(why)))
+    fp8 = [*fp8_refusals(torch.device("cuda", 0))] if cuda else ["it needs a CUDA device, and PyTorch finds none"]
     onednn = linear.served_by_onednn(probe, probe)
     why = "MKL: slower where it was measured, on an AMD processor" if onednn else "oneDNN: this build of PyTorch lacks it"
     return [
@@ -98,6 +100,12 @@ def operators() -> list[tuple[str, str, str, str]]:
             "oneDNN" if onednn else "MKL",
             "cuBLAS" if cuda else "no device",
             f"on the CPU {why}",
+        ),
+        (
+            "frozen linear layers,\nfp8-frozen",
+            "none",
+            ("none" if fp8 else "PyTorch") if cuda else "no device",
+            f"on CUDA {'; '.join(fp8) or 'it can serve, but only if asked for'}",
         ),
     ]
 

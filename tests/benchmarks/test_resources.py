@@ -70,9 +70,14 @@ def check(done: subprocess.CompletedProcess, table: dict, archs: set[str], limit
         assert 0 < row["registers"] <= 255
         assert row["blocks_per_sm"] >= 1, row
     for arch in archs:
-        assert {row["kernel"] for row in rows if row["arch"] == arch} == every_kernel()
-        for op in {row["op"] for row in rows}:
-            assert {row["direction"] for row in rows if (row["op"], row["arch"]) == (op, arch)} == {"fwd", "bwd"}
+        # Older GPUs than sm_89 do not round to float8, and that has no backward.
+        has_float8 = int(arch.removeprefix("sm_")) >= 89
+        assert {row["kernel"] for row in rows if row["arch"] == arch} == every_kernel() - (
+            set() if has_float8 else {"_quantize_fwd_kernel"}
+        )
+        for op in {row["op"] for row in rows if row["arch"] == arch}:
+            directions = {row["direction"] for row in rows if (row["op"], row["arch"]) == (op, arch)}
+            assert directions == ({"fwd"} if op == "quantize" else {"fwd", "bwd"})
 
 
 def test_kernels(one_stage, resources):

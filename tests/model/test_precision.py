@@ -145,10 +145,10 @@ def relative_errors(config, state, batch, mode):
 
 
 def check_errors(name, errors):
-    """A factor of a float8 product is rounded to 4 bits, that of a bfloat16 product to 8: 2**-4 against 2**-9, so 32 times."""
+    """A factor of a float8 product is rounded by 2**-4 at most, that of a bfloat16 product by 2**-8: 16 times as much."""
     print(name, {kind: [f"{e:.2e}" for e in pair] for kind, pair in errors.items()})
     for low, fast in zip(errors["bfloat16"], errors["fp8-frozen"], strict=True):
-        assert low < fast < 32 * low
+        assert low < fast < 16 * low
 
 
 @pytest.mark.parametrize("name", ["clip_tiny_fusion", "swin_tiny_fusion"])
