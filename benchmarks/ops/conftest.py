@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import DTYPES, copy_peak, matmul_peak, results_file, save
+from benchmarks.ops.gate import compare
 from benchmarks.ops.instruments import Instruments, Machine, best
 from benchmarks.ops.problem import MODES
 from benchmarks.ops.providers import PROVIDERS, has
@@ -50,6 +51,8 @@ DEFAULT = {
         ("cross_modal_attention", "swin_l stage 3"),
     ),
 }
+# By kind and provider.
+Verdicts = dict[tuple[str, str], dict[str, Any]]
 KEYS = ("op", "provider", "mode", "shape", "dtype")
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 DEVICE = pytest.StashKey[str]()
@@ -100,6 +103,10 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--json: {error}") from error
     # Its table knows the host's times alone; ours follows.
     config.option.benchmark_quiet = True
+    # What is skipped or wrong is not timed.
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
+    # The compiler's, of PyTorch's own code.
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 
 def chosen(option: argparse.Namespace, device: str) -> list[Case]:
@@ -156,6 +163,29 @@ def machine(device: str, dtype: torch.dtype, copy_rate: float, machines: dict[to
     return machines[dtype]
 
 
+@pytest.fixture(scope="session")
+def judged() -> dict[tuple[Case, torch.dtype], Verdicts]:
+    """What was compared, each case once for all its providers."""
+    return {}
+
+
+@pytest.fixture
+def verdicts(
+    request: pytest.FixtureRequest,
+    case: Case,
+    dtype: torch.dtype,
+    device: str,
+    judged: dict[tuple[Case, torch.dtype], Verdicts],
+) -> Verdicts:
+    if (case, dtype) not in judged:
+        asked = [item.callspec.params for item in request.session.items]
+        asked = [params for params in asked if (params["case"], params["dtype"]) == (case, dtype)]
+        calls = {provider: PROVIDERS[provider](case) for provider in dict.fromkeys(params["provider"] for params in asked)}
+        kinds = {"fwd" if params["mode"] == "fwd" else "fwdbwd" for params in asked}
+        judged[case, dtype] = compare(case, dtype, device, calls, kinds)
+    return judged[case, dtype]
+
+
 @pytest.fixture
 def instruments(device: str) -> Iterator[Instruments]:
     yield Instruments(device)
@@ -177,7 +207,10 @@ def keep(pytestconfig: pytest.Config, device: str) -> Callable[[dict[str, Any]],
 
 def pytest_terminal_summary(config: pytest.Config) -> None:
     if config.stash[ROWS]:
-        print_table(config.stash[ROWS], Console())
+        console = Console()
+        # In a file or a pipe its width is a guess.
+        console.width = max(console.width, 110)
+        print_table(config.stash[ROWS], console)
 
 
 def speedup(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> float | None:

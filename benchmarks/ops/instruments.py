@@ -7,11 +7,15 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.harness import QUANTILES, Meter
+from benchmarks.harness import QUANTILES, Meter, quantiles, timed
 from benchmarks.ops.problem import Step, Work
 from stgcma_fast.kernels import launch
 
+ROUNDS = 50
+# On the CPU as many rounds as fit into this, but a few at least.
+CPU_SECONDS, FEWEST_ROUNDS = 0.4, 5
 GRAPH_WARMUP = 3
 
 
@@ -71,9 +75,17 @@ class Instruments:
         return self.meter.peak() - before
 
 
-def device_row(build: Callable[[], Step], step: Step, instruments: Instruments) -> dict[str, Any]:
-    """A row's times on the device, None on the CPU, and its memory in 1e6 bytes."""
-    row: dict[str, Any] = {"gpu_cold_ms": None, "graph_ms": None}
+def times(build: Callable[[], Step], device: str, instruments: Instruments, benchmark: BenchmarkFixture) -> dict[str, Any]:
+    """A row's times, those of the device None on the CPU, and its memory in 1e6 bytes.
+
+    The host's time is what it takes to issue the step, the device idle at its start; on the CPU to run it.
+    """
+    step = build()
+    seconds, _ = timed(step, device)
+    rounds = ROUNDS if device == "cuda" else min(ROUNDS, max(FEWEST_ROUNDS, int(CPU_SECONDS / seconds)))
+    benchmark.pedantic(step, setup=torch.cuda.synchronize if device == "cuda" else None, rounds=rounds, warmup_rounds=1)
+    row: dict[str, Any] = {"host_ms": [1e3 * x for x in quantiles(benchmark.stats.stats.data)], "rounds": rounds}
+    row |= {"gpu_cold_ms": None, "graph_ms": None}
     if instruments.cuda:
         row["gpu_cold_ms"] = instruments.cold(step)
         try:

@@ -87,6 +87,10 @@ class Problem:
         """What a step has to do at least."""
         return work(self.case, mode, self.arguments, self.outputs)
 
+    def rows(self) -> int:
+        """The most terms that a weight's gradient adds up."""
+        return max(x.numel() // x.shape[-1] for x in _inputs(self.arguments))
+
     def sizes(self) -> dict[str, Any]:
         """Shapes of what goes in, in the order of the arguments, and whether the operator's weights are frozen here."""
         inputs = _inputs(self.arguments)

@@ -1,21 +1,27 @@
-"""The operators' benchmark on a CPU: small operators, times made up."""
+"""The operators' benchmark on a CPU: small operators, times on a device made up."""
 
 from __future__ import annotations
 
-import importlib
 import json
+import os
 import re
-import time
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
+from benchmarks import harness, shapes
+from benchmarks.ops import gate, instruments, problem, providers
 from stgcma_fast import ops
 from stgcma_fast.kernels import launch
 
-TIMINGS = {"host_ms", "gpu_cold_ms", "graph_ms", "peak_extra_mb", "flops", "bytes", "gbps", "tflops"}
-TIMINGS |= {"copy_share", "matmul_share", "floor_share"}
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks" / "ops"
+TIMINGS = {"host_ms", "gpu_cold_ms", "graph_ms", "peak_extra_mb", "flops", "bytes", "gbps", "tflops", "roof_pct"}
 # Milliseconds of the providers, in the order in which they are timed.
 MS = {"reference": 8.0, "compiled": 4.0, "fast": 2.0}
 
@@ -30,99 +36,169 @@ def av_adapter(make):
     return (make(2, 9, 8), make(2, 5, 8), *params, make(1), make(1)), options
 
 
+def spatial_attention(make):
+    return (make(2, 5, 3, 2, 8),), {"scale": 0.35}
+
+
+def cross_modal_attention(make):
+    return (make(2, 9, 4), make(2, 5, 4), make(1), make(1)), {}
+
+
+def temporal_attention(make):
+    return (make(2, 3, 4, 3, 2, 8), make(2, 3, 3)), {"scale": 0.35}
+
+
+def window_attention(make):
+    return (make(2, 4, 4, 3, 2, 8), make(2, 4, 4, grad=False)), {"window": 2, "shift": 1, "scale": 0.35}
+
+
 class Instruments:
-    """Times by the order of calls: each of the providers in both modes."""
+    """Times by the order of calls."""
 
     def __init__(self):
         self.timed = 0
-        self.capturable = True
+        self.cuda = self.capturable = True
 
     def ms(self, scale):
         p50 = scale * [*MS.values()][self.timed % len(MS)]
         return [0.9 * p50, p50, 1.1 * p50]
 
-    def host(self, step):
-        step()
-        return self.ms(0.5)
-
     def cold(self, step):
         step()
         return self.ms(2.0)
 
-    def graph(self, step):
+    def graph(self, build):
         if not self.capturable:
             raise RuntimeError("operation not permitted when stream is capturing")
+        build()()
         return self.ms(1.0)
 
     def memory(self, step):
+        step()
         self.timed += 1
         return 3_000_000
 
 
 @pytest.fixture
-def bench(scripts, tmp_path, monkeypatch):
-    """The script; `bench(op, function, arguments)` measures one operator on the CPU and returns status and rows."""
-    operators = importlib.import_module("operators")
+def bench(tmp_path, monkeypatch):
+    """`bench(op, function, arguments)` runs the benchmark of one operator on the CPU and returns status and rows."""
     # On the CPU a compilation takes longer than all these tests, and "auto" would not take the kernels.
-    monkeypatch.setitem(operators.PROVIDERS, "compiled", operators.PROVIDERS["reference"])
-    monkeypatch.setitem(operators.PROVIDERS, "fast", lambda function: operators._with(function, "triton"))
-    monkeypatch.setattr(operators, "DRAWS", 2)
+    monkeypatch.setitem(providers.PROVIDERS, "compiled", providers.PROVIDERS["reference"])
+    monkeypatch.setitem(providers.PROVIDERS, "fast", lambda case: providers.with_impl(case, "triton"))
+    monkeypatch.setattr(gate, "DRAWS", 2)
+    monkeypatch.setattr(instruments, "ROUNDS", 2)
+    monkeypatch.setattr(harness, "copy_peak", lambda device: 1e9)
+    monkeypatch.setattr(harness, "matmul_peak", lambda device, dtype: 1e12)
+    monkeypatch.setattr(harness, "commit", lambda: "0123456")
+    monkeypatch.setattr(shapes, "STRESS", [])
 
     class Bench:
-        module = operators
         file = tmp_path / "rows.json"
         instruments = Instruments()
-        dtype = torch.float32
 
-        def __call__(self, op="layer_norm", function=ops.layer_norm, arguments=layer_norm):
-            case = operators.Case(op, "small", function, arguments)
-            machine = operators.Machine(bytes_per_s=1e9, flops=1e12)
-            status = operators.run([case], self.dtype, "cpu", machine, self.instruments, str(self.file))
-            return status, self.saved()["rows"]
+        def __call__(self, op="layer_norm", function=ops.layer_norm, arguments=layer_norm, names=MS, options=()):
+            monkeypatch.setattr(shapes, "CASES", [shapes.Case(op, "small", function, arguments)])
+            monkeypatch.setattr(instruments, "Instruments", lambda device: self.instruments)
+            args = [str(FOLDER), "--device", "cpu", "--all", "--json", str(self.file), "--capture=no", "-p", "no:cacheprovider"]
+            args += [f"--provider={name}" for name in names]
+            status = pytest.main([*args, *options])
+            return status, json.loads(self.file.read_text())["operators"]
 
-        def saved(self):
-            return json.loads(self.file.read_text())
-
-    return Bench()
+    # A second thread only waits in calls this small.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Bench()
+    torch.set_num_threads(threads)
 
 
 def test_rows(bench, capsys):
     status, rows = bench()
-    assert status == 0
-    assert [(row["mode"], row["provider"]) for row in rows] == [(mode, name) for mode in ("fwd", "fwdbwd") for name in MS]
+    assert status == pytest.ExitCode.OK
+    assert [(row["mode"], row["provider"]) for row in rows] == [(mode, name) for mode in problem.MODES for name in MS]
     for row in rows:
         assert row.keys() >= TIMINGS
         assert (row["op"], row["shape"], row["dtype"]) == ("layer_norm", "small", "float32")
-        assert 0 < row["error"] <= 2 * row["error_reference"]
+        assert row["sizes"] == [[6, 24], [24], [24]]
+        assert row["frozen"]
+        assert row["error"] > 0
         p50 = MS[row["provider"]]
-        assert [row["host_ms"][1], row["gpu_cold_ms"][1], row["graph_ms"][1]] == [0.5 * p50, 2 * p50, p50]
-        assert row["speedup_over_reference"] == 8 / p50
-        assert row["speedup_over_compiled"] == (None if row["provider"] == "reference" else 4 / p50)
+        assert [row["gpu_cold_ms"][1], row["graph_ms"][1]] == [2 * p50, p50]
+        assert row["host_ms"] == sorted(row["host_ms"])
+        assert row["host_ms"][0] > 0
         assert row["peak_extra_mb"] == 3
-    forward = (2 * 6 * 24 + 2 * 24) * 4
-    assert rows[2]["bytes"] == forward
+    fwd, bwd, both = (next(r["bytes"] for r in rows if (r["mode"], r["provider"]) == (m, "fast")) for m in problem.MODES)
+    assert fwd == (2 * 6 * 24 + 2 * 24) * 4
     # The upstream gradient, the weights and the input are read, its gradient is written.
-    assert rows[5]["bytes"] == forward + (3 * 6 * 24 + 2 * 24) * 4
-    assert rows[2]["gbps"] == pytest.approx(forward / 2e-3 / 1e9)
-    assert rows[2]["floor_share"] == rows[2]["copy_share"] == pytest.approx(rows[2]["gbps"])
-    saved = bench.saved()
-    assert saved.keys() >= {"versions", "commit", "date", "driver", "copy_gbps", "matmul_tflops"}
-    assert re.search(r"fast +1 +4 +2 +4\.00 +2\.00 +3 ", capsys.readouterr().out)
+    assert bwd == (3 * 6 * 24 + 2 * 24) * 4
+    assert both == fwd + bwd
+    fast = rows[2]
+    assert fast["gbps"] == pytest.approx(fwd / 2e-3 / 1e9)
+    assert fast["roof_pct"] == pytest.approx(100 * fast["gbps"])
+    out = capsys.readouterr().out
+    assert re.search(r"fast +\S+ +4 +2 +4\.00 +2\.00 +3 ", out)
+
+
+def test_the_cpu_has_the_hosts_time_alone(bench):
+    bench.instruments.cuda = False
+    status, rows = bench(names=("reference",), options=("--mode=fwd",))
+    assert status == pytest.ExitCode.OK
+    (row,) = rows
+    assert (row["gpu_cold_ms"], row["graph_ms"]) == (None, None)
+    assert row["gbps"] == pytest.approx(row["bytes"] / row["host_ms"][1] / 1e6)
 
 
 def test_the_kernels_that_ran(bench):
-    _, rows = bench()
-    kernels = {row["mode"]: row["kernels"] for row in rows if row["provider"] == "fast"}
+    _, rows = bench(names=("fast",))
+    kernels = {row["mode"]: row["kernels"] for row in rows}
     assert kernels["fwd"].keys() == {"_layer_norm_fwd_kernel"}
+    assert kernels["bwd"].keys() == {"_layer_norm_bwd_kernel"}
     assert kernels["fwdbwd"].keys() == {"_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel"}
-    assert "BLOCK_N=" in kernels["fwd"]["_layer_norm_fwd_kernel"]
+    assert kernels["fwd"]["_layer_norm_fwd_kernel"]["BLOCK_N"] > 0
 
 
 def test_gates_weights_and_residuals(bench):
-    bench.dtype = torch.float16
-    status, rows = bench("av_adapter", ops.av_adapter, av_adapter)
-    assert status == 0, rows
-    assert all(row["flops"] > 0 for row in rows)
+    status, rows = bench("av_adapter", ops.av_adapter, av_adapter, ("fast",), ("--dtype=float16", "--mode=fwdbwd"))
+    assert status == pytest.ExitCode.OK, rows
+    assert all(row["flops"] > 0 and row["dtype"] == "float16" for row in rows)
+    assert not rows[0]["frozen"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refusing"),
+    [
+        (spatial_attention, {"flash_attn", "xformers", "sdpa_cudnn", "sdpa_efficient"}),
+        (cross_modal_attention, {"flash_attn", "xformers", "sdpa_cudnn", "sdpa_efficient"}),
+        (temporal_attention, {"flash_attn", "xformers", "sdpa_cudnn", "sdpa_efficient", "sdpa_flash"}),
+        (window_attention, {"flash_attn", "xformers", "sdpa_cudnn", "sdpa_efficient", "sdpa_flash"}),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_libraries_mean_the_operator_or_are_skipped(bench, capsys, arguments, refusing):
+    """What serves on a CPU passes the comparison."""
+    name = arguments.__name__
+    status, rows = bench(name, getattr(ops, name), arguments, providers.BACKENDS, ("-rs", "--mode=fwdbwd"))
+    assert status == pytest.ExitCode.OK, rows
+    assert {row["provider"] for row in rows} == {*providers.BACKENDS} - refusing
+    assert len(re.findall("SKIPPED.* needs a CUDA device", capsys.readouterr().out)) >= 1
+
+
+def test_why_a_library_cannot_serve():
+    def refusals(provider, arguments):
+        case = shapes.Case(arguments.__name__, "small", getattr(ops, arguments.__name__), arguments)
+        return " ".join(providers.refusals(provider, case, case.fill(torch.float32, "cpu")))
+
+    assert "adds no bias" in refusals("sdpa_flash", temporal_attention)
+    assert "adds no bias" in refusals("flash_attn", window_attention)
+    assert "multiples of 8" in refusals("xformers", window_attention)
+    assert "needs a CUDA device" in refusals("sdpa_cudnn", cross_modal_attention)
+    assert refusals("sdpa_math", temporal_attention) == refusals("fast", temporal_attention) == ""
+
+
+def test_a_refusal_of_pytorchs_own_is_a_refusal(monkeypatch):
+    monkeypatch.setattr(providers, "backend_refusals", lambda name, x: [])
+    case = shapes.Case("temporal_attention", "small", ops.temporal_attention, temporal_attention)
+    found = providers.refusals("sdpa_efficient", case, case.fill(torch.float32, "cpu"))
+    assert re.match("No (available kernel|viable backend)", found[0])
 
 
 def wrong(**changes):
@@ -143,55 +219,64 @@ def wrong(**changes):
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_wrong_provider_is_not_timed(bench, where, change, capsys):
     status, rows = bench(function=wrong(**{where: change}))
-    assert status == 1
+    assert status == pytest.ExitCode.TESTS_FAILED
     failed = [(row["mode"], row["provider"]) for row in rows if "failed" in row]
-    assert failed == [("fwd", "fast")] * (where == "forward") + [("fwdbwd", "fast")]
+    assert failed == [("fwd", "fast")] * (where == "forward") + [("bwd", "fast"), ("fwdbwd", "fast")]
     assert all(("failed" in row) != (row.keys() >= TIMINGS) for row in rows)
     assert not rows[-1].keys() & TIMINGS
     assert ("output" if where == "forward" else "gradient of") in rows[-1]["failed"]
-    assert bench.instruments.timed == 6 - len(failed)
+    assert bench.instruments.timed == 9 - len(failed)
     assert "failed" in capsys.readouterr().out
 
 
 def test_a_provider_that_does_not_run(bench):
     def function(*args, impl):
         if impl == "triton":
-            raise ValueError("not today")
+            raise NotImplementedError("not today")
         return ops.layer_norm(*args, impl=impl)
 
     status, rows = bench(function=function)
-    assert status == 1
-    assert [row.get("failed") for row in rows] == [None, None, "ValueError: not today"] * 2
+    assert status == pytest.ExitCode.TESTS_FAILED
+    assert [row.get("failed") for row in rows] == [None, None, "NotImplementedError: not today"] * 3
 
 
 def test_what_cannot_be_captured(bench):
     bench.instruments.capturable = False
     status, rows = bench()
-    assert status == 0
+    assert status == pytest.ExitCode.OK
     for row in rows:
         assert row["graph_ms"] is None
         assert "capturing" in row["graph_error"]
-        assert row["speedup_over_reference"] == 8 / MS[row["provider"]]
         assert row["gbps"] == pytest.approx(row["bytes"] / (2 * MS[row["provider"]] * 1e-3) / 1e9)
 
 
+def test_what_does_not_fit_into_memory(bench, monkeypatch):
+    def cold(step):
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr(bench.instruments, "cold", cold)
+    status, rows = bench(names=("reference",), options=("--mode=fwd",))
+    assert status == pytest.ExitCode.TESTS_FAILED
+    assert rows[0]["failed"] == "out of memory: tried to allocate"
+
+
 def test_an_interrupted_run_keeps_its_rows(bench, monkeypatch, capsys):
-    def host(step):
+    def cold(step):
         if bench.instruments.timed == 4:
             raise KeyboardInterrupt
         return [1.0, 1.0, 1.0]
 
-    monkeypatch.setattr(bench.instruments, "host", host)
-    with pytest.raises(KeyboardInterrupt):
-        bench()
-    assert len(bench.saved()["rows"]) == 4
+    monkeypatch.setattr(bench.instruments, "cold", cold)
+    status, rows = bench()
+    assert status == pytest.ExitCode.INTERRUPTED
+    assert len(rows) == 4
     assert "layer_norm, small" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("error", "fails"), [(0.19, False), (0.21, True), (float("nan"), True)], ids=str)
-def test_twice_the_references_error_is_the_limit(bench, error, fails):
+def test_twice_the_references_error_is_the_limit(error, fails):
     exact = {"output 0": torch.ones(8).double(), "gradient of [0][0]": torch.ones(8).double()}
-    reference, fast = bench.module.Errors(), bench.module.Errors()
+    reference, fast = gate.Errors(), gate.Errors()
     reference.add({name: x + 0.1 for name, x in exact.items()}, exact)
     fast.add({name: x + (error if name == "output 0" else 0) for name, x in exact.items()}, exact)
     row = fast.against(reference)
@@ -200,35 +285,25 @@ def test_twice_the_references_error_is_the_limit(bench, error, fails):
     assert ("failed" in row) is fails
 
 
-def test_an_exact_reference_allows_no_error(bench):
+@pytest.mark.parametrize(("error", "fails"), [(0, False), (0.9e-6, False), (1.1e-6, True)], ids=str)
+def test_an_exact_reference_allows_rounding_alone(error, fails):
     exact = {"output 0": torch.ones(8).double()}
-    results = {}
-    for name, error in (("low", 0), ("same", 0), ("off", 1e-9)):
-        results[name] = bench.module.Errors()
-        results[name].add({"output 0": exact["output 0"] + error}, exact)
-    assert "failed" not in results["same"].against(results["low"])
-    assert "failed" in results["off"].against(results["low"])
+    low, fast = gate.Errors(), gate.Errors()
+    low.add(exact, exact)
+    fast.add({"output 0": exact["output 0"] + error}, exact)
+    assert ("failed" in fast.against(low, 1e-6)) is fails
+    assert ("failed" in fast.against(low)) is (error > 0)
 
 
-def test_one_number_may_be_right_by_luck(bench):
+def test_one_number_may_be_right_by_luck():
     """A gate's gradient is judged with those of other gates and draws, not alone."""
-    errors = [bench.module.Errors() for _ in range(2)]
+    errors = [gate.Errors() for _ in range(2)]
     for exact, low, fast in ((1.0, 1.0, 1.01), (1.0, 1.02, 1.01)):
         for each, x in zip(errors, (low, fast), strict=True):
             each.add({"gate": torch.tensor([x])}, {"gate": torch.tensor([exact]).double()})
     row = errors[1].against(errors[0])
     assert row["tensor"] == "gradients of one number"
     assert "failed" not in row
-
-
-def test_the_cases_that_count(bench):
-    chosen = bench.module.chosen
-    assert [(case.op, case.label) for case in chosen(None, None)] == [*bench.module.DEFAULT]
-    assert chosen(None, None)[0].op == "av_adapter"
-    assert {case.op for case in chosen(["gelu"], None)} == {"gelu"}
-    assert len(chosen(["gelu"], None)) == 10
-    assert {case.op for case in chosen(None, ["swin_l stage 1"])} > {"gelu", "av_adapter"}
-    assert [case.label for case in chosen(["adapter"], ["clip_l14 audio"])] == ["clip_l14 audio", "clip_l14 audio no residual"]
 
 
 @pytest.mark.parametrize(
@@ -245,53 +320,110 @@ def test_the_cases_that_count(bench):
     ],
     ids=lambda x: str(x).replace(" ", "_") if isinstance(x, str) else "",
 )
-def test_work_is_that_of_the_cards(bench, op, shape, forward_gflop, both_gflop, forward_mib):
-    (case,) = (case for case in bench.module.CASES if (case.op, case.label) == (op, shape))
-    args, kwargs = case.build(torch.bfloat16, "meta")
-    outputs = [*bench.module.tensors(case.function(*args, **kwargs, impl="reference"))]
-    forward, both = (bench.module.work(case, mode, args, kwargs, outputs) for mode in ("fwd", "fwdbwd"))
+def test_work_is_that_of_the_cards(op, shape, forward_gflop, both_gflop, forward_mib):
+    (case,) = (case for case in shapes.CASES if (case.op, case.label) == (op, shape))
+    args, kwargs = arguments = case.build(torch.bfloat16, "meta")
+    outputs = [*shapes.tensors(case.function(*args, **kwargs, impl="reference"))]
+    forward, both = (problem.work(case, mode, arguments, outputs) for mode in ("fwd", "fwdbwd"))
     assert forward.flops / 1e9 == pytest.approx(forward_gflop, rel=0.01)
     assert both.flops / 1e9 == pytest.approx(both_gflop, rel=0.01)
     # The cards leave the weights out.
     assert forward.bytes / 2**20 == pytest.approx(forward_mib, rel=0.01)
 
 
-def test_residuals_cost_the_backward_nothing(bench):
-    cases = {case.label: case for case in bench.module.CASES if case.op == "adapter"}
-    backward = {}
+def test_residuals_cost_the_backward_nothing():
+    cases = {case.label: case for case in shapes.CASES if case.op == "adapter"}
+    backward = set()
     for label in ("swin_l stage 1", "swin_l stage 1 no residual"):
-        args, kwargs = cases[label].build(torch.bfloat16, "meta")
-        outputs = [torch.empty_like(args[0])]
-        forward, both = (bench.module.work(cases[label], mode, args, kwargs, outputs).bytes for mode in ("fwd", "fwdbwd"))
-        backward[label] = both - forward
-    assert len(set(backward.values())) == 1
+        arguments = cases[label].build(torch.bfloat16, "meta")
+        backward.add(problem.work(cases[label], "bwd", arguments, [torch.empty_like(arguments[0][0])]).bytes)
+    assert len(backward) == 1
+
+
+def test_the_backward_alone_runs_again():
+    case = shapes.Case("av_adapter", "small", ops.av_adapter, av_adapter)
+    one = problem.Problem(case, torch.float32, "cpu")
+    call = mock.Mock(side_effect=providers.with_impl(case, "reference"))
+    step = one.step(call, "bwd")
+    first, again = step(), step()
+    call.assert_called_once()
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.fixture(scope="module")
+def collected():
+    """The ids of the default cases, in a process of its own, with what might be there in the folder of the scripts."""
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "--device=cpu", "--collect-only", "--dtype=float32"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def test_ids_name_stage_sizes_and_provider(collected):
+    ids = [line.partition("::")[2] for line in collected if "::" in line]
+    assert ids[0] == "test_operator[av_adapter-swin_l stage 3-10x196x768-float32-reference-fwd]"
+    assert len(ids) == len(set(ids))
+    assert sum("compiled" in name for name in ids) == 0
+    assert sum("sdpa_math" in name for name in ids) == 4 * len(problem.MODES)
+
+
+def chosen(monkeypatch, *options):
+    """The selected cases' operators and shapes."""
+    seen = []
+
+    class Plugin:
+        def pytest_collection_finish(self, session):
+            seen.extend(dict.fromkeys((i.callspec.params["case"].op, i.callspec.params["case"].label) for i in session.items))
+
+    with monkeypatch.context() as patch:
+        # The whole list for CUDA, without a device.
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(launch, "INTERPRETED", False)
+        args = [str(FOLDER), "--device=cuda", "--collect-only", "--capture=no", "-p", "no:cacheprovider", "--mode=fwd"]
+        assert pytest.main([*args, *options], plugins=[Plugin()]) == pytest.ExitCode.OK
+    return seen
+
+
+def test_the_cases_that_count(monkeypatch, capsys):
+    default = chosen(monkeypatch)
+    assert default[0] == ("av_adapter", "swin_l stage 1")
+    assert {op for op, _ in default} == {case.op for case in shapes.CASES}
+    assert len(chosen(monkeypatch, "--all")) == len(shapes.CASES) + len(shapes.STRESS)
+    assert {op for op, _ in chosen(monkeypatch, "--op=gelu")} == {"gelu"}
+    assert {op for op, _ in chosen(monkeypatch, "--shape=swin_l stage 1")} > {"gelu", "av_adapter"}
+    both = chosen(monkeypatch, "--op=adapter", "--shape=clip_l14 audio")
+    assert both == [("adapter", "clip_l14 audio"), ("adapter", "clip_l14 audio no residual")]
+    assert {label.startswith("swin_l") for _, label in chosen(monkeypatch, "-k", "swin_l")} == {True}
+    assert "bfloat16-compiled" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-def test_without_a_gpu(bench, capsys):
-    with pytest.raises(SystemExit) as stop:
-        bench.module.main(["--json", str(bench.file)])
-    assert stop.value.code == 2
-    assert "no CUDA device" in " ".join(capsys.readouterr().err.split())
-    assert not bench.file.exists()
+def test_without_a_gpu(capsys):
+    assert pytest.main([str(FOLDER), "--device=cuda"]) == pytest.ExitCode.USAGE_ERROR
+    assert "no CUDA device" in capsys.readouterr().err
 
 
-def test_with_the_interpreter(bench, monkeypatch, capsys):
+def test_with_the_interpreter(monkeypatch, capsys):
     if not launch.INTERPRETED:
         pytest.skip("kernels are compiled here")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(SystemExit) as stop:
-        bench.module.main([])
-    assert stop.value.code == 2
+    assert pytest.main([str(FOLDER), "--device=cuda"]) == pytest.ExitCode.USAGE_ERROR
     assert "TRITON_INTERPRET" in capsys.readouterr().err
 
 
-def test_instruments_without_a_gpu(scripts, monkeypatch):
+def test_rows_that_could_not_be_kept_are_not_measured(bench, tmp_path, capsys):
+    assert pytest.main([str(FOLDER), "--device=cpu", f"--json={tmp_path}/missing/rows.json"]) == pytest.ExitCode.USAGE_ERROR
+    assert "there is no folder" in capsys.readouterr().err
+    bench.file.write_text(json.dumps({"origin": harness.origin("cpu") | {"commit": "fedcba9"}}))
+    assert pytest.main([str(FOLDER), "--device=cpu", f"--json={bench.file}"]) == pytest.ExitCode.USAGE_ERROR
+    assert "was measured with commit fedcba9" in capsys.readouterr().err
+
+
+def test_instruments_without_a_gpu(monkeypatch):
     """Order and units of what they do, on a device that is made up."""
-    operators = importlib.import_module("operators")
     cuda = mock.MagicMock()
     cuda.memory_allocated.return_value, cuda.max_memory_allocated.return_value = 100, 350
-    replaced = "synchronize", "Stream", "current_stream", "stream", "CUDAGraph", "graph"
+    replaced = "Stream", "current_stream", "stream", "CUDAGraph", "graph"
     for name in (*replaced, "memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
 
@@ -299,35 +431,38 @@ def test_instruments_without_a_gpu(scripts, monkeypatch):
         step()
         return tuple(quantiles)
 
-    monkeypatch.setattr(operators.triton.testing, "do_bench", do_bench)
-    instruments = operators.Instruments()
-    p20, p50, p80 = instruments.host(lambda: time.sleep(1e-3))
-    assert 1 <= p20 <= p50 <= p80
-    assert cuda.synchronize.call_count == operators.HOST_CALLS + 1
-    assert instruments.cold(cuda.step) == [0.2, 0.5, 0.8]
-    assert instruments.memory(cuda.step) == 250
+    monkeypatch.setattr(instruments.triton.testing, "do_bench", do_bench)
+    device = instruments.Instruments("cuda")
+    assert device.cold(cuda.step) == [0.2, 0.5, 0.8]
+    assert device.memory(cuda.step) == 250
 
     cuda.reset_mock()
-    assert instruments.graph(cuda.step) == [0.2, 0.5, 0.8]
-    order = ["stream().__enter__", *["step"] * operators.GRAPH_WARMUP, "stream().__exit__"]
+    cuda.build.return_value = cuda.step
+    assert device.graph(cuda.build) == [0.2, 0.5, 0.8]
+    # The forward of a backward that is captured runs on the stream of the capture.
+    order = ["stream().__enter__", "build", *["step"] * instruments.GRAPH_WARMUP, "stream().__exit__"]
     order += ["graph().__enter__", "step", "graph().__exit__", "CUDAGraph().replay"]
     assert [name for name, *_ in cuda.mock_calls if name in order] == order
+    assert cuda.graph.call_args == mock.call(cuda.CUDAGraph(), stream=cuda.Stream())
     cuda.graph.side_effect = RuntimeError("cannot be captured")
     with pytest.raises(RuntimeError, match="cannot be captured"):
-        instruments.graph(cuda.step)
+        device.graph(cuda.build)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("op", "arguments"), [("layer_norm", layer_norm), ("av_adapter", av_adapter)], ids=lambda x: str(x)[:10]
+    "arguments", [layer_norm, av_adapter, spatial_attention, cross_modal_attention], ids=lambda x: x.__name__
 )
-def test_on_a_gpu(scripts, tmp_path, op, arguments):
-    """The real instruments and a real compilation."""
-    operators = importlib.import_module("operators")
-    file = tmp_path / "rows.json"
-    case = operators.Case(op, "small", getattr(ops, op), arguments)
-    machine = operators.Machine(operators.copy_peak("cuda"), 1e15)
-    assert operators.run([case], torch.bfloat16, "cuda", machine, operators.Instruments(), str(file)) == 0
-    for row in json.loads(file.read_text())["rows"]:
+def test_on_a_gpu(tmp_path, monkeypatch, arguments):
+    """The real instruments, a real compilation, and the libraries that are there."""
+    name, file = arguments.__name__, tmp_path / "rows.json"
+    monkeypatch.setattr(shapes, "CASES", [shapes.Case(name, "small", getattr(ops, name), arguments)])
+    monkeypatch.setattr(shapes, "STRESS", [])
+    monkeypatch.setattr(harness, "matmul_peak", lambda device, dtype: 1e15)
+    monkeypatch.setattr(harness, "commit", partial(str, "0123456"))
+    assert pytest.main([str(FOLDER), "--device=cuda", "--all", "--json", str(file), "-p", "no:cacheprovider"]) == 0
+    rows = json.loads(file.read_text())["operators"]
+    assert {row["provider"] for row in rows} >= {"reference", "compiled", "fast"}
+    for row in rows:
         assert all(ms > 0 for kind in ("host_ms", "gpu_cold_ms", "graph_ms") for ms in row[kind]), row
         assert row["peak_extra_mb"] > 0
