@@ -3,16 +3,16 @@
 One step of each is profiled after a warm-up. The folder gets a trace of each for Perfetto or chrome://tracing and, for each
 phase and dtype, the tables as Markdown and a picture. What is counted:
 
-time: on CUDA of the kernels, on the CPU of the operators without those they call. Profiling slows the host; "step" is a step
-without it.
-calls: on CUDA kernels, with copies and fills; on the CPU operators that compute or move data, without those they call.
-idle: on CUDA the time between the first kernel and the last in which none ran, with the host slowed by the profiler.
-GFLOP: of PyTorch's matrix products, convolutions and attention, by the shapes of what they take. Products within the project's
-own kernels do not show.
-GB read: what the same operators and all others take, each tensor as large as its shape. What is written in place counts as
-read; new results do not count, nor do lists of tensors, which show no shapes: the optimizer's, some of the project's kernels'.
-backward: belongs where its forward ran, by autograd's thread and sequence numbers; what has no forward is "unattributed".
-no range: the loss, and all of a model under torch.compile.
+* time: on CUDA of the kernels, on the CPU of the operators without those they call. Profiling slows the host; "step" is a step
+  without it.
+* calls: on CUDA kernels, copies and fills among them; on the CPU operators that compute or move data, without those they call.
+* idle: on CUDA the time between the first kernel and the last in which none ran, with the host slowed by the profiler.
+* GFLOP: of PyTorch's matrix products, convolutions and attention, by the shapes of what they take. Products within the
+  project's own kernels do not show.
+* GB read: what operators take, each tensor as large as its shape. What is written in place counts as read; new results do not
+  count, nor do lists of tensors, which show no shapes: the optimizer's, and those of some of the project's kernels.
+* backward: belongs where its forward ran, by autograd's thread and sequence numbers; what has no forward is "unattributed".
+* no range: the loss, and all of a model that is compiled.
 """
 
 from __future__ import annotations
@@ -491,7 +491,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             tables = sheets(profiles)
             for table in tables:
                 table.print(console)
-            (out / f"{name}.md").write_text(f"# {title}\n\n" + "\n".join(table.markdown() for table in tables))
+            counted = __doc__.partition("What is counted:\n\n")[2]
+            (out / f"{name}.md").write_text("\n".join([f"# {title}\n", *(table.markdown() for table in tables), counted]))
             picture(profiles, title, out / f"{name}.png")
             console.print(f"{out / name}: table .md, picture .png, traces .json.gz")
     return 0
