@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -200,6 +201,9 @@ def measure_both(old: str, new: str, command: Sequence[str], console: Console) -
     """
     commits = [git("rev-parse", "--verify", f"{ref}^{{commit}}") for ref in (old, new)]
     with ExitStack() as stack:
+        # Who ends this command by a signal, as `timeout` does, must not find the worktrees either.
+        ended = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        stack.callback(signal.signal, signal.SIGTERM, ended)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="compare-"))).resolve()
         trees = folder / "old", folder / "new"
         for commit, tree in zip(commits, trees, strict=True):

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import signal
 import subprocess
 import textwrap
 
@@ -242,15 +244,18 @@ def test_a_benchmark_that_fails_leaves_no_worktree(run, compare, repository):
     assert repository.worktrees() == 1
 
 
-def test_an_interruption_leaves_no_worktree(compare, repository, monkeypatch):
-    def interrupted(tree, *args):
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_an_interruption_leaves_no_worktree(compare, repository, monkeypatch, number, error):
+    def interrupted(*args):
         assert repository.worktrees() == 3
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
 
+    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(compare, "measure", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         compare.main(["before", "before"])
     assert repository.worktrees() == 1
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_an_unknown_commit(run, compare, repository):
