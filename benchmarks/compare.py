@@ -218,10 +218,6 @@ def measure_both(old: str, new: str, command: Sequence[str], console: Console) -
     return list(zip(*results.values(), strict=True))
 
 
-def _four(x: float) -> str:
-    return f"{x:.4g}" if x < 1e4 else f"{x:.0f}"
-
-
 def print_table(changes: Sequence[Change], console: Console) -> None:
     """All that was compared, for people; of two runs, both."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
@@ -231,7 +227,7 @@ def print_table(changes: Sequence[Change], console: Console) -> None:
     colours = {"worse": "red", "better": "green"}
     for change in changes:
         part, row, field = change.name
-        olds, news = ("\n".join(_four(pair[side].value) for pair in change.pairs) for side in (0, 1))
+        olds, news = ("\n".join(f"{pair[side].value:.5g}" for pair in change.pairs) for side in (0, 1))
         ratios = "\n".join(f"{new.value / old.value:.3f}" if old.value else "-" for old, new in change.pairs)
         verdict = change.verdict
         table.add_row(f"{part} {row}", field, olds, news, ratios, verdict, style=colours.get(verdict))

@@ -316,7 +316,7 @@ def print_tables(rows: Sequence[dict[str, Any]], fits: Sequence[dict[str, Any]],
         table.add_column(heading, justify="right")
     for row in rows:
         fields = ("ms_per_clip", "peak_mb", "work_mb_per_clip")
-        cells = ["-" if row[field] is None else f"{row[field]:.4g}" for field in fields]
+        cells = ["-" if row[field] is None else f"{row[field]:.5g}" for field in fields]
         table.add_row(row["axis"], row["phase"], row["impl"], str(row["value"]), *cells)
     console.print(table)
     for row in rows:
