@@ -47,6 +47,21 @@ def test_machines_with_a_gpu(monkeypatch, capability, has_triton, taken, reason)
         assert why.startswith(reason)
 
 
+@pytest.mark.parametrize(
+    ("capability", "taken", "why"),
+    [
+        ((9, 0), "PyTorch", "on CUDA it can serve, but only if asked for"),
+        ((8, 6), "none", "on CUDA it needs compute capability 8.9, got 8.6"),
+    ],
+    ids=["hopper", "ampere"],
+)
+def test_float8(monkeypatch, capability, taken, why):
+    major, minor = capability
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major, minor=minor))
+    assert lines()["frozen linear layers,\nfp8-frozen"] == ["none", taken, why]
+
+
 def test_every_attention_backend_has_its_reasons():
     _, _, why = lines()["spatial_attention"]
     for name in BACKENDS:

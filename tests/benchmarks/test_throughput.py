@@ -116,6 +116,24 @@ def test_a_graph_needs_cuda(throughput, capsys):
     assert "needs --device cuda" in capsys.readouterr().err
 
 
+def test_float8_says_all_that_it_needs(throughput, capsys):
+    with pytest.raises(SystemExit) as stop:
+        throughput.main(["--arch", "swin_l", "--device", "cpu", "--impl", "fast_fp8", "--dtype", "float32", "bfloat16"])
+    assert stop.value.code == 2
+    assert "it needs a CUDA device, got cpu; it needs --dtype bfloat16, got float32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_float8_may_err_sixteen_times_as_much(throughput, gradient):
+    hi = torch.ones(4)
+    low, far = hi + 1e-3, hi + 3e-2
+    throughput.verify("it", far, hi, low, torch.bfloat16, gradient, float8=True)
+    with pytest.raises(throughput.DisagreementError):
+        throughput.verify("it", far, hi, low, torch.bfloat16, gradient)
+    with pytest.raises(throughput.DisagreementError):
+        throughput.verify("it", hi + 6e-2, hi, low, torch.bfloat16, gradient, float8=True)
+
+
 def test_fast_alone_is_still_checked(throughput, wrong, tmp_path, capsys):
     args = ["--arch", "swin_l", "--device", "cpu", "--steps", "1", "--impl", "fast", "--phase", "infer"]
     assert throughput.main(args) == 1
