@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stgcma_fast import ops
 from stgcma_fast.config import BACKBONES, SwinConfig, preset
-from stgcma_fast.ops.layer_norm import packed_layer_norm
+from stgcma_fast.ops.layer_norm import branched_layer_norm
 from stgcma_fast.reference.windows import shift_mask
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -115,7 +115,7 @@ def _norms(stages: Iterable[Stage]) -> Iterator[Case]:
             streams = [make(stage.clips, stage.frames, tokens, stage.dim) for tokens in (stage.visual, stage.audio)]
             return (streams, make(stage.dim, grad=False), make(stage.dim, grad=False), 1e-5), {}
 
-        return Case("layer_norm", f"{stage.label} both streams", packed_layer_norm, arguments)
+        return Case("layer_norm", f"{stage.label} both streams", branched_layer_norm, arguments)
 
     def class_token(stage: Stage) -> Case:
         def arguments(make: Make) -> Arguments:

@@ -111,11 +111,14 @@ def _bwd_tile(
     weight,  # [D]
     mean,  # [N]
     rstd,  # [N]
+    again,  # [N, D]
+    stride_a,
     dx,  # [N, D]
     side,
     tile,
     D: tl.constexpr,
     MERGE: tl.constexpr,
+    AGAIN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -131,8 +134,11 @@ def _bwd_tile(
     b_wg = b_g * tl.load(weight + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     b_xhat = (b_x - b_mean[:, None]) * b_rstd[:, None]
     b_dx = b_wg - (tl.sum(b_wg, 1) / D)[:, None] - b_xhat * (tl.sum(b_wg * b_xhat, 1) / D)[:, None]
+    b_dx *= b_rstd[:, None]
+    if AGAIN:
+        b_dx += tl.load(again + o_n[:, None] * stride_a + o_d[None, :], mask=m, other=0.0).to(tl.float32)
     p_dx = dx + _elements(o_n, o_d, D // 4 if MERGE else D, side, D, MERGE)
-    tl.store(p_dx, (b_dx * b_rstd[:, None]).to(dx.dtype.element_ty), mask=m)
+    tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=m)
 
 
 @triton.jit(
@@ -155,22 +161,31 @@ def _layer_norm_bwd_kernel(
     mean1,  # [N1]
     rstd0,  # [N0]
     rstd1,  # [N1]
+    again0,  # [N0, D]
+    again1,  # [N1, D]
+    stride_a0,
+    stride_a1,
     dx0,  # [N0, D]
     dx1,  # [N1, D]
     side,
     D: tl.constexpr,
     STREAMS: tl.constexpr,
     MERGE: tl.constexpr,
+    AGAIN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     tile = tl.program_id(0)
     tiles0 = tl.cdiv(rows0, BLOCK_N)
     if STREAMS == 1 or tile < tiles0:
-        _bwd_tile(grad0, stride_g, x0, stride_x0, rows0, weight, mean0, rstd0, dx0, side, tile, D, MERGE, BLOCK_N, BLOCK_D)
+        _bwd_tile(
+            *(grad0, stride_g, x0, stride_x0, rows0, weight, mean0, rstd0, again0, stride_a0, dx0),
+            *(side, tile, D, MERGE, AGAIN, BLOCK_N, BLOCK_D),
+        )
     else:
         _bwd_tile(
-            grad1, stride_g, x1, stride_x1, rows1, weight, mean1, rstd1, dx1, side, tile - tiles0, D, MERGE, BLOCK_N, BLOCK_D
+            *(grad1, stride_g, x1, stride_x1, rows1, weight, mean1, rstd1, again1, stride_a1, dx1),
+            *(side, tile - tiles0, D, MERGE, AGAIN, BLOCK_N, BLOCK_D),
         )
 
 
@@ -222,21 +237,35 @@ def layer_norm_fwd(
     return y, mean, rstd
 
 
-def layer_norm_bwd(grad: Tensor, xs: Sequence[Tensor], weight: Tensor, mean: Tensor, rstd: Tensor, side: int) -> list[Tensor]:
-    """Gradients of the inputs of `layer_norm_fwd` from that of its rows ``[N0 + N1, D]``."""
+def layer_norm_bwd(
+    grad: Tensor,
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    again: Sequence[Tensor],
+    side: int,
+) -> list[Tensor]:
+    """Gradients of the inputs of `layer_norm_fwd` from that of its rows ``[N0 + N1, D]``.
+
+    ``again`` is added to them: the gradients ``[N, D]`` of the inputs from elsewhere, of all or none.
+    """
     grad, xs, weight = launch.unit_stride(grad), [launch.unit_stride(x) for x in xs], weight.contiguous()
     first, last = xs[0], xs[-1]
     channels, rows = len(weight), _rows(xs, side)
     dxs = [x.new_empty(x.shape) for x in xs]
+    added = [launch.unit_stride(x) for x in again] or dxs
     launch.run(
         _layer_norm_bwd_kernel,
         _grid(rows),
         *(*_ends(grad, rows), grad.stride(0)),
         *(first, last, first.stride(0), last.stride(0), rows[0], rows[-1]),
-        *(weight, *_ends(mean, rows), *_ends(rstd, rows), dxs[0], dxs[-1], side),
+        *(weight, *_ends(mean, rows), *_ends(rstd, rows)),
+        *(added[0], added[-1], added[0].stride(0), added[-1].stride(0), dxs[0], dxs[-1], side),
         candidates=_candidates(channels),
         D=channels,
         STREAMS=len(xs),
         MERGE=bool(side),
+        AGAIN=bool(again),
     )
     return dxs

@@ -20,7 +20,7 @@ from . import ops
 from .ops.adapter import adapters
 from .ops.dispatch import Impl, product_dtype
 from .ops.fp8 import QuantizedWeight, fp8_linear
-from .ops.layer_norm import packed_layer_norm
+from .ops.layer_norm import branched_layer_norm
 from .ops.linear import linear
 from .ops.packing import split
 from .ops.stream import piece_size, stream
@@ -105,15 +105,10 @@ def _piece_size(layers: FrozenLayers, runner: Runner, x: Tensor, dim: int, widen
     return None if layers.trained or runner.impl == "triton" else piece_size(x, dim, widening)
 
 
-def _packed_qkv(layers: FrozenLayers, xs: Sequence[Tensor], impl: Impl) -> Tensor:
-    """``[..., D]`` each to packed rows ``[rows, 3, h, d]``."""
-    normed = packed_layer_norm(xs, *layers.norm1, impl=impl)
-    return layers.product("qkv", normed, impl).unflatten(-1, (3, layers.heads, -1))
-
-
-def _qkv(layers: FrozenLayers, xs: Sequence[Tensor], impl: Impl) -> list[Tensor]:
-    """``[..., D]`` each to ``[..., 3, h, d]``, views of one tensor."""
-    return _unpack(_packed_qkv(layers, xs, impl), xs)
+def _packed_qkv(layers: FrozenLayers, xs: Sequence[Tensor], impl: Impl) -> tuple[Tensor, list[Tensor]]:
+    """``[..., D]`` each to packed rows ``[rows, 3, h, d]``; and the streams, for their residual."""
+    normed, xs = branched_layer_norm(xs, *layers.norm1, impl=impl)
+    return layers.product("qkv", normed, impl).unflatten(-1, (3, layers.heads, -1)), xs
 
 
 def _temporal(block: Block, layers: FrozenLayers, streams: Streams, runner: Runner) -> Streams:
@@ -147,16 +142,18 @@ def _temporal(block: Block, layers: FrozenLayers, streams: Streams, runner: Runn
     def piece(x: Tensor, mask: Tensor | None, *shared: Tensor) -> Tensor:
         used = 4 * block.config.use_temporal
         weights, bias = shared[:used], shared[used:]
-        qkvs = _qkv(layers, [x], runner.impl)
-        (y,) = finish([x], qkvs, [mask], [bias[0] if bias else None], [AdapterParams(*weights) if weights else None])
+        packed, xs = _packed_qkv(layers, [x], runner.impl)
+        (y,) = finish(
+            xs, _unpack(packed, xs), [mask], [bias[0] if bias else None], [AdapterParams(*weights) if weights else None]
+        )
         return y
 
     streams = dict(streams)
     size = _piece_size(layers, runner, streams[adapted[0]], 2, 3)
     if size is None:
-        xs = [streams[m] for m in adapted]
+        packed, xs = _packed_qkv(layers, [streams[m] for m in adapted], runner.impl)
         chosen = ([of[m] for m in adapted] for of in (masks, biases, params))
-        return streams | dict(zip(adapted, finish(xs, _qkv(layers, xs, runner.impl), *chosen), strict=True))
+        return streams | dict(zip(adapted, finish(xs, _unpack(packed, xs), *chosen), strict=True))
     for m in adapted:
         shared = [*(params[m] or ()), *([] if biases[m] is None else [biases[m]])]
         streams[m] = stream(piece, streams[m], *shared, dim=2, size=size, along=masks[m])
@@ -164,7 +161,7 @@ def _temporal(block: Block, layers: FrozenLayers, streams: Streams, runner: Runn
 
 
 def _frozen_step(
-    inner: Callable[[Sequence[Tensor]], list[Tensor]],
+    inner: Callable[[Sequence[Tensor]], tuple[list[Tensor], list[Tensor]]],
     layers: FrozenLayers,
     tail: str,
     streams: Streams,
@@ -179,36 +176,37 @@ def _frozen_step(
     size = _piece_size(layers, runner, xs[0], 0, widening)
     if size is not None:
         affine = getattr(layers, tail)
-        ys = [stream(lambda x, _: _unpack(*inner([x]), [x])[0], x, dim=0, size=size, tail=affine) for x in xs]
-        return dict(zip(streams, ys, strict=True))
-    done = [layers.product(tail, rows, runner.impl) for rows in inner(xs)]
+        ys = [stream(lambda x, _: _unpack(*inner([x])[0], [x])[0], x, dim=0, size=size, tail=affine) for x in xs]
+        return dict(zip(streams, ys, strict=True)), streams
+    parts, xs = inner(xs)
+    done = [layers.product(tail, rows, runner.impl) for rows in parts]
     ys = _unpack(done[0], xs) if len(done) == 1 else [_unpack(y, [x])[0] for y, x in zip(done, xs, strict=True)]
-    return dict(zip(streams, ys, strict=True))
+    return dict(zip(streams, ys, strict=True)), dict(zip(streams, xs, strict=True))
 
 
-def spatial_step(layers: FrozenLayers, streams: Streams, runner: Runner) -> Streams:
-    """``X_med = MHSA(LN(X_s))``, equations 8 and 9, for streams ``[F, S, D]``."""
+def spatial_step(layers: FrozenLayers, streams: Streams, runner: Runner) -> tuple[Streams, Streams]:
+    """``X_med = MHSA(LN(X_s))``, equations 8 and 9, for streams ``[F, S, D]``; and the streams, for their residual."""
 
-    def inner(xs: Sequence[Tensor]) -> list[Tensor]:
-        packed = _packed_qkv(layers, xs, runner.impl)
+    def inner(xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        packed, xs = _packed_qkv(layers, xs, runner.impl)
         if all(x.shape == xs[0].shape for x in xs):
             # Frames of one size: those of all streams are one batch.
-            return [layers.attention(packed.unflatten(0, (-1, xs[0].shape[1]))).flatten(0, 1)]
-        return [layers.attention(qkv).flatten(0, 1) for qkv in _unpack(packed, xs)]
+            return [layers.attention(packed.unflatten(0, (-1, xs[0].shape[1]))).flatten(0, 1)], xs
+        return [layers.attention(qkv).flatten(0, 1) for qkv in _unpack(packed, xs)], xs
 
     return _frozen_step(inner, layers, "proj", streams, 3, runner)
 
 
-def global_step(layers: FrozenLayers, streams: Streams, runner: Runner) -> Streams:
-    """``X_med = FFN(LN(X))``, equations 12 and 13, for streams ``[..., D]``."""
+def global_step(layers: FrozenLayers, streams: Streams, runner: Runner) -> tuple[Streams, Streams]:
+    """``X_med = FFN(LN(X))``, equations 12 and 13, for streams ``[..., D]``; and the streams, for their residual."""
 
-    def inner(xs: Sequence[Tensor]) -> list[Tensor]:
-        normed = packed_layer_norm(xs, *layers.norm2, impl=runner.impl)
-        return [layers.activation(layers.product("fc1", normed, runner.impl))]
+    def inner(xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        normed, xs = branched_layer_norm(xs, *layers.norm2, impl=runner.impl)
+        return [layers.activation(layers.product("fc1", normed, runner.impl))], xs
 
     rows = {m: x.flatten(0, -2) for m, x in streams.items()}
     done = _frozen_step(inner, layers, "fc2", rows, 4, runner)
-    return {m: done[m].view_as(x) for m, x in streams.items()}
+    return tuple({m: of[m].view_as(x) for m, x in streams.items()} for of in done)
 
 
 def adapt(
@@ -257,9 +255,9 @@ def _forward(block: Block, layers: FrozenLayers, streams: Streams, runner: Runne
     if block.has_temporal:
         streams = _temporal(block, layers, streams, runner)
     streams = {m: x.flatten(0, 1) for m, x in streams.items()}
-    medial = spatial_step(layers, streams, runner)
+    medial, streams = spatial_step(layers, streams, runner)
     streams = adapt(block, block.SPATIAL, streams, medial, block.config.use_spatial, runner, block.spatial_window)
-    medial = global_step(layers, streams, runner)
+    medial, streams = global_step(layers, streams, runner)
     if block.parallel_adapter:
         streams = {m: x + medial[m] + _parallel_adapter(block, layers, m, x, runner) for m, x in streams.items()}
     else:

@@ -55,6 +55,23 @@ def packed_layer_norm(
         ValueError: shapes or dtypes that do not fit.
         NotImplementedError: ``impl`` cannot serve; the text gives every reason.
     """
+    return _packed(xs, weight, bias, eps, side, impl)[0]
+
+
+def branched_layer_norm(
+    xs: Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float = 1e-5, *, impl: Impl = "auto"
+) -> tuple[Tensor, list[Tensor]]:
+    """`packed_layer_norm`, and the streams once more, for the residual that goes past the branch.
+
+    Where a kernel serves, it adds the residual's gradient to the branch's as it writes it; otherwise the streams are the
+    same tensors.
+    """
+    return _packed(xs, weight, bias, eps, None, impl)
+
+
+def _packed(
+    xs: Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float, side: int | None, impl: Impl
+) -> tuple[Tensor, list[Tensor]]:
     if len(xs) not in (1, 2) or len({x.dtype for x in xs}) > 1:
         raise ValueError(f"xs: expected one or two streams of one dtype, got {[x.dtype for x in xs]}")
     for x in xs:
@@ -66,9 +83,11 @@ def packed_layer_norm(
     serving = select("layer_norm", impl, xs[0], weight, bias, eps)
     if serving is _triton:
         rows = [x.reshape(-1, x.shape[-1]) for x in xs]
-        return _LayerNorm.apply(weight, bias, eps, side or 0, product_dtype(xs[0]), rows[0], rows[1] if len(rows) > 1 else None)
+        other = rows[1] if len(rows) > 1 else None
+        y, *again = _LayerNorm.apply(weight, bias, eps, side or 0, product_dtype(xs[0]), rows[0], other)
+        return y, [row.view(x.shape) for row, x in zip(again, xs, strict=False)]
     rows = [serving(x if side is None else _neighbours(x, side), weight, bias, eps).flatten(0, -2) for x in xs]
-    return torch.cat(rows) if len(rows) > 1 else rows[0]
+    return torch.cat(rows) if len(rows) > 1 else rows[0], list(xs)
 
 
 def _neighbours(x: Tensor, side: int) -> Tensor:
@@ -91,29 +110,38 @@ _fwd = define(
 )
 _bwd = define(
     "layer_norm",
-    "layer_norm_bwd(Tensor grad, Tensor[] xs, Tensor weight, Tensor mean, Tensor rstd, int side) -> Tensor[]",
-    lambda grad, xs, weight, mean, rstd, side: [x.new_empty(x.shape) for x in xs],
+    "layer_norm_bwd(Tensor grad, Tensor[] xs, Tensor weight, Tensor mean, Tensor rstd, Tensor[] again, int side) -> Tensor[]",
+    lambda grad, xs, weight, mean, rstd, again, side: [x.new_empty(x.shape) for x in xs],
 )
 
 
 class _LayerNorm(torch.autograd.Function):
+    """The rows, then each stream as it is: its other use, whose gradient the kernel adds."""
+
     @staticmethod
     def forward(
         ctx, weight: Tensor, bias: Tensor, eps: float, side: int, dtype: torch.dtype, x: Tensor, other: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         # No `*xs`: in PyTorch 2.11 a compiled call without gradients leaves out the context if as many arguments are given as
         # a variadic forward has parameters.
         xs = [x] if other is None else [x, other]
         y, mean, rstd = _fwd(xs, weight, bias, eps, side, dtype)
         ctx.side = side
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, mean, rstd, *xs)
-        return y
+        return y, x.view_as(x), None if other is None else other.view_as(other)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor | None, *again: Tensor | None) -> tuple[Tensor | None, ...]:
         weight, mean, rstd, *xs = ctx.saved_tensors
-        dxs = _bwd(grad, xs, weight, mean, rstd, ctx.side)
+        again = again[: len(xs)]
+        if grad is None:
+            dxs = again
+        else:
+            residual = any(g is not None for g in again)
+            added = [torch.zeros_like(x) if g is None else g for g, x in zip(again, xs, strict=True)] if residual else []
+            dxs = _bwd(grad, xs, weight, mean, rstd, added, ctx.side)
         return None, None, None, None, None, dxs[0], dxs[1] if len(dxs) > 1 else None
 
 
@@ -127,7 +155,7 @@ def _limits(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Iterator[str
 def _triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     # Eager autocast normalizes in float32 and returns float32.
     dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
-    return _LayerNorm.apply(weight, bias, eps, 0, dtype, x.reshape(-1, x.shape[-1]), None).view(x.shape)
+    return _LayerNorm.apply(weight, bias, eps, 0, dtype, x.reshape(-1, x.shape[-1]), None)[0].view(x.shape)
 
 
 register(

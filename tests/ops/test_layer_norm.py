@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stgcma_fast import ops, reference
-from stgcma_fast.ops.layer_norm import _neighbours, packed_layer_norm
+from stgcma_fast.ops.layer_norm import _neighbours, branched_layer_norm, packed_layer_norm
 from tests.support.inputs import Device, draw, each_dtype, each_kernel_dtype, each_low_dtype, each_stride
 from tests.support.numerics import check, check_compiled, check_equal_in_float64, evaluate
 
@@ -197,6 +197,36 @@ def test_packed_rows_under_autocast_are_ready_for_the_product(kernels, dtype):
     torch.testing.assert_close(got, wanted.to(dtype))
 
 
+def branched(x, weight, bias, other, impl="triton"):
+    """Both uses of the streams."""
+    rows, again = branched_layer_norm([x, other], weight, bias, impl=impl)
+    return rows, *again
+
+
+@each_kernel_dtype
+@each_stride
+def test_kernel_adds_the_gradient_of_the_residual(kernels, dtype, strides):
+    """Streams come back the same, and what flows back through them is added to the branch's gradient with one rounding."""
+    tensors = problem((2, 9), 48, dtype=dtype) | {"other": draw(3, 2, 5, 48, dtype=dtype, strides=strides)}
+    got = hold(tensors, fast=branched, law=lambda **t: branched(**t, impl="reference"), frozen=FREEZE, upstream=strides)
+    assert torch.equal(got["out1"], tensors["x"])
+    assert torch.equal(got["out2"], tensors["other"])
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)
+def test_kernel_with_some_uses_alone(kernels, used):
+    """A stream without a residual, a residual without a branch."""
+    tensors = problem((2, 9), 48) | {"other": draw(3, 2, 5, 48)}
+    gradients = []
+    for impl in ("triton", "reference"):
+        xs = [tensors[name].clone().requires_grad_() for name in ("x", "other")]
+        outs = branched(xs[0], tensors["weight"], tensors["bias"], xs[1], impl)
+        torch.autograd.backward([outs[i] for i in used], [draw(10 + i, *outs[i].shape) for i in used])
+        gradients.append([torch.zeros_like(x) if x.grad is None else x.grad for x in xs])
+    for got, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def merging(x, weight, bias, other, impl="triton"):
     return packed_layer_norm([x, other], weight, bias, side=6, impl=impl)
 
@@ -221,7 +251,9 @@ def test_kernel_as_pytorch_sees_it(kernels):
     arguments = ([x, x[:3]], weight, bias, 1e-5, 0, torch.float32)
     torch.library.opcheck(torch.ops.stgcma_fast.layer_norm_fwd.default, arguments)
     y, mean, rstd = torch.ops.stgcma_fast.layer_norm_fwd(*arguments)
-    torch.library.opcheck(torch.ops.stgcma_fast.layer_norm_bwd.default, (y, [x, x[:3]], weight, mean, rstd, 0))
+    torch.library.opcheck(torch.ops.stgcma_fast.layer_norm_bwd.default, (y, [x, x[:3]], weight, mean, rstd, [], 0))
+    again = [torch.ones_like(x), torch.ones_like(x[:3])]
+    torch.library.opcheck(torch.ops.stgcma_fast.layer_norm_bwd.default, (y, [x, x[:3]], weight, mean, rstd, again, 0))
 
 
 def test_kernel_repeats_bit_equal(kernels):
