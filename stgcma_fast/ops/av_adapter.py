@@ -10,12 +10,13 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.adapter import AdapterParams
-from ..reference.windows import WindowGrid, window_partition, window_reverse
+from ..reference.windows import WindowGrid
 from .adapter import adapter_limits, down, packed_rows_fake, packed_weights_fake, unpack_rows, unpack_weight_grads, up
 from .boundary import define
 from .checks import check_adapter, check_alike, check_choice, check_shape
 from .cross_modal import FUSIONS, cross_modal_attention, listening
 from .dispatch import Impl, Implementation, product_dtype, register, select
+from .windows import window_partition, window_reverse
 
 
 def av_adapter(

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference.windows import WindowGrid, shift_mask, window_partition, window_reverse
+from ..reference.windows import WindowGrid, shift_mask
 from .av_adapter import check_window_grid
 from .boundary import define
 from .checks import check_alike, check_shape
 from .dispatch import TRITON_DTYPES, Impl, Implementation, product_dtype, register, select
 from .short_attention import attention
+from .windows import window_partition, window_reverse
 
 WIDEST_HEAD = 128
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stgcma_fast import ops, reference
+from stgcma_fast.ops import windows as one_pass
 from stgcma_fast.reference.windows import shift_mask, window_partition, window_reverse
 from tests.support.inputs import Device, draw, each_dtype, each_low_dtype, each_stride
 from tests.support.numerics import check, check_compiled, check_equal_in_float64, evaluate
@@ -162,9 +163,11 @@ def test_shift_mask(grid):
 @each_dtype
 @each_stride
 @each_grid
-def test_partition_and_reverse_are_index_moves(grid, strides, dtype):
+@pytest.mark.parametrize("moves", [reference.windows, one_pass], ids=["reference", "one-pass"])
+def test_partition_and_reverse_are_index_moves(moves, grid, strides, dtype):
     """Bit-exact inverses of each other, forward and backward; with the tokens numbered, the numbers land where they should."""
     height, width, window, shift = grid
+    window_partition, window_reverse = moves.window_partition, moves.window_reverse
     x = draw(0, 2, height, width, 6, dtype=dtype, strides=strides).requires_grad_()
     windows = window_partition(x, window, shift)
     assert torch.equal(window_reverse(windows, height, width, window, shift), x)
