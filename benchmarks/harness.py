@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,10 @@ def copy_peak(device: str) -> float:
     return 2 * x.nbytes / min(timed(lambda: y.copy_(x), device)[0] for _ in range(10))
 
 
+@cache
 def commit() -> str | None:
-    """The checkout's commit, marked where files differ from it; outside a checkout what the variable COMMIT says, or None."""
+    """The checkout's commit when a run begins to ask, marked where files differ from it; outside a checkout what the variable
+    COMMIT says, or None."""
     if not (ROOT / ".git").exists():
         return os.environ.get("COMMIT") or None
     described = ("git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=7")
