@@ -74,7 +74,7 @@ CLASSES = {
     HOST: r"view|_unsafe_view|reshape|_reshape_alias|view_as|as_strided|transpose|t|permute|movedim|(un)?flatten|(un)?squeeze"
     r"|unbind|expand|expand_as|slice|select|narrow|split|split_with_sizes|chunk|(slice|select|index|sum|mean|split)_backward"
     r"|detach|alias|(new_)?(empty|zeros|ones|full)(_like|_strided)?|_efficientzerotensor|resize(_as)?|arange|scalar_tensor"
-    r"|lift_fresh|set|to|contiguous|type_as|result_type|resolve_\w+|linear|matmul|einsum|conv[123]d|_convolution|layer_norm"
+    r"|lift_fresh|set|to|contiguous|type_as|(result|promote)_types?|resolve_\w+|linear|matmul|einsum|conv[123]d|_convolution|layer_norm"
     r"|softmax|log_softmax|stack|pad|dropout|scaled_dot_product_attention|cross_entropy_loss|_local_scalar_dense|item"
     r"|is_nonzero|index_put|unfold|mT|outer|_nnpack_available|record_stream",
     OTHER: None,
