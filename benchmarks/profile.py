@@ -294,6 +294,12 @@ def measure(race: Race, contender: Contender, phase: str, trace: Path, advance: 
     return profile
 
 
+def _text(value: str | float | None) -> str:
+    return (
+        value if isinstance(value, str) else "-" if value is None else f"{value:.0f}" if abs(value) >= 1e3 else f"{value:.3g}"
+    )
+
+
 @dataclass
 class Sheet:
     """A table for people: the first columns are text, the others numbers."""
@@ -302,24 +308,12 @@ class Sheet:
     headings: Sequence[str]
     rows: Sequence[Sequence[str | float | None]]
 
-    @staticmethod
-    def _text(value: str | float | None) -> str:
-        return (
-            value
-            if isinstance(value, str)
-            else "-"
-            if value is None
-            else f"{value:.0f}"
-            if abs(value) >= 1e3
-            else f"{value:.3g}"
-        )
-
     def markdown(self) -> str:
         lines = [
             [heading.replace("\n", " ") for heading in self.headings],
             ["---" if isinstance(cell, str) else "---:" for cell in self.rows[0]],
         ]
-        lines += [[self._text(cell) for cell in row] for row in self.rows]
+        lines += [[_text(cell) for cell in row] for row in self.rows]
         return f"## {self.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     def print(self, console: Console) -> None:
@@ -327,7 +321,7 @@ class Sheet:
         for heading, cell in zip(self.headings, self.rows[0], strict=True):
             table.add_column(heading, justify="left" if isinstance(cell, str) else "right", no_wrap=True)
         for row in self.rows:
-            table.add_row(*map(self._text, row))
+            table.add_row(*map(_text, row))
         console.print(table, "\n")
 
 
@@ -414,7 +408,7 @@ def picture(profiles: Sequence[Profile], title: str, file: Path) -> None:
     for k in kinds:
         widths = [total[d, k].ms for d, _, total in bars]
         drawn = axes.barh(ys, widths, left=starts, label=k, color=colors[k])
-        axes.bar_label(drawn, [f"{w:.3g}" if w > 0.04 * widest else "" for w in widths], label_type="center", fontsize=8)
+        axes.bar_label(drawn, [_text(w) if w > 0.04 * widest else "" for w in widths], label_type="center", fontsize=8)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     axes.set_yticks(ys, [f"{impl}, {d}" for d, impl, _ in bars])
     axes.invert_yaxis()
