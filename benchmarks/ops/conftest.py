@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import DTYPES, copy_peak, matmul_peak, results_file, save
-from benchmarks.ops.gate import compare
+from benchmarks.ops.gate import Judged, compare
 from benchmarks.ops.instruments import Instruments, Machine, best
 from benchmarks.ops.problem import MODES
 from benchmarks.ops.providers import PROVIDERS, has
@@ -51,8 +51,6 @@ DEFAULT = {
         ("cross_modal_attention", "swin_l stage 3"),
     ),
 }
-# By kind and provider.
-Verdicts = dict[tuple[str, str], dict[str, Any]]
 KEYS = ("op", "provider", "mode", "shape", "dtype")
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 DEVICE = pytest.StashKey[str]()
@@ -164,25 +162,25 @@ def machine(device: str, dtype: torch.dtype, copy_rate: float, machines: dict[to
 
 
 @pytest.fixture(scope="session")
-def judged() -> dict[tuple[Case, torch.dtype], Verdicts]:
+def judged() -> dict[tuple[Case, torch.dtype], Judged]:
     """What was compared, each case once for all its providers."""
     return {}
 
 
 @pytest.fixture
-def verdicts(
+def comparison(
     request: pytest.FixtureRequest,
     case: Case,
     dtype: torch.dtype,
     device: str,
-    judged: dict[tuple[Case, torch.dtype], Verdicts],
-) -> Verdicts:
+    judged: dict[tuple[Case, torch.dtype], Judged],
+) -> Judged:
     if (case, dtype) not in judged:
         asked = [item.callspec.params for item in request.session.items]
         asked = [params for params in asked if (params["case"], params["dtype"]) == (case, dtype)]
         calls = {provider: PROVIDERS[provider](case) for provider in dict.fromkeys(params["provider"] for params in asked)}
         kinds = {"fwd" if params["mode"] == "fwd" else "fwdbwd" for params in asked}
-        judged[case, dtype] = compare(case, dtype, device, calls, kinds)
+        judged[case, dtype] = Judged(calls, compare(case, dtype, device, calls, kinds))
     return judged[case, dtype]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,13 @@ class Errors:
         if not ratio(worst) <= 1:
             row["failed"] = f"{worst}: error {error:.3g}, the reference's is {low:.3g}"
         return row
+
+
+class Judged(NamedTuple):
+    """What was called of a case, by provider, and what `compare` found."""
+
+    calls: dict[str, Callable]
+    found: dict[tuple[str, str], dict[str, Any]]
 
 
 def compare(

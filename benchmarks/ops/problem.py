@@ -63,8 +63,7 @@ def work(case: Case, mode: str, arguments: Arguments, outputs: Sequence[Tensor])
     args, kwargs = arguments
     inputs = _inputs(arguments)
     # An output that is an input itself, for a residual, is not written; its upstream gradient is read.
-    given = {x.untyped_storage().data_ptr() for x in inputs}
-    written = sum(x.nbytes for x in outputs if x.untyped_storage().data_ptr() not in given)
+    written = sum(y.nbytes for y in outputs if all(y is not x for x in inputs))
     residuals = args[2:] if case.op == "adapter" else [kwargs.get("residual_visual"), kwargs.get("residual_audio")]
     kept = [x for x in inputs if all(x is not residual for residual in residuals)]
     flops = _products(case.op, args, kwargs)

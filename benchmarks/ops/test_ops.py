@@ -9,13 +9,14 @@ skipped; -rs tells the reasons. A row is saved as soon as it is measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks.ops.gate import Judged
 from benchmarks.ops.instruments import Instruments, Machine, kernels, rates, times
 from benchmarks.ops.problem import Problem
 from benchmarks.ops.providers import PROVIDERS, refusals
@@ -30,7 +31,7 @@ def test_operator(
     device: str,
     machine: Machine,
     instruments: Instruments,
-    verdicts: Mapping[tuple[str, str], Mapping[str, Any]],
+    comparison: Judged,
     keep: Callable[[dict[str, Any]], None],
     benchmark: BenchmarkFixture,
 ) -> None:
@@ -40,13 +41,11 @@ def test_operator(
     if reasons:
         pytest.skip("; ".join(reasons))
     row = {"op": case.op, "provider": provider, "mode": mode, "shape": case.label}
-    row |= {
-        "dtype": str(dtype).removeprefix("torch."),
-        **problem.sizes(),
-        **verdicts["fwd" if mode == "fwd" else "fwdbwd", provider],
-    }
+    row |= {"dtype": str(dtype).removeprefix("torch."), **problem.sizes()}
+    row |= comparison.found["fwd" if mode == "fwd" else "fwdbwd", provider]
     if "failed" not in row and not benchmark.disabled:
-        call = PROVIDERS[provider](case)
+        # A backward alone is compiled to be run again and again.
+        call = PROVIDERS[provider](case) if mode == "bwd" else comparison.calls[provider]
         try:
             row |= times(lambda: problem.step(call, mode), device, instruments, benchmark)
             row |= rates(row, problem.work(mode), machine)

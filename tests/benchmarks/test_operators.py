@@ -126,7 +126,7 @@ def test_rows(bench, capsys):
         assert row["host_ms"] == sorted(row["host_ms"])
         assert row["host_ms"][0] > 0
         assert row["peak_extra_mb"] == 3
-    fwd, bwd, both = (next(r["bytes"] for r in rows if (r["mode"], r["provider"]) == (m, "fast")) for m in problem.MODES)
+    fwd, both, bwd = (next(r["bytes"] for r in rows if (r["mode"], r["provider"]) == (m, "fast")) for m in problem.MODES)
     assert fwd == (2 * 6 * 24 + 2 * 24) * 4
     # The upstream gradient, the weights and the input are read, its gradient is written.
     assert bwd == (3 * 6 * 24 + 2 * 24) * 4
@@ -221,7 +221,7 @@ def test_a_wrong_provider_is_not_timed(bench, where, change, capsys):
     status, rows = bench(function=wrong(**{where: change}))
     assert status == pytest.ExitCode.TESTS_FAILED
     failed = [(row["mode"], row["provider"]) for row in rows if "failed" in row]
-    assert failed == [("fwd", "fast")] * (where == "forward") + [("bwd", "fast"), ("fwdbwd", "fast")]
+    assert failed == [("fwd", "fast")] * (where == "forward") + [("fwdbwd", "fast"), ("bwd", "fast")]
     assert all(("failed" in row) != (row.keys() >= TIMINGS) for row in rows)
     assert not rows[-1].keys() & TIMINGS
     assert ("output" if where == "forward" else "gradient of") in rows[-1]["failed"]
@@ -340,6 +340,16 @@ def test_residuals_cost_the_backward_nothing():
     assert len(backward) == 1
 
 
+def test_what_is_passed_through_is_not_written():
+    """The streams that a norm hands on for the residual are its inputs; their upstream gradients are read."""
+    (case,) = (c for c in shapes.CASES if (c.op, c.label) == ("layer_norm", "swin_l stage 1 both streams"))
+    args, kwargs = arguments = case.build(torch.bfloat16, "meta")
+    outputs = [*shapes.tensors(case.function(*args, **kwargs, impl="reference"))]
+    tokens, weights = sum(x.nbytes for x in args[0]), sum(x.nbytes for x in args[1:3])
+    assert problem.work(case, "fwd", arguments, outputs).bytes == 2 * tokens + weights
+    assert problem.work(case, "bwd", arguments, outputs).bytes == 4 * tokens + weights
+
+
 def test_the_backward_alone_runs_again():
     case = shapes.Case("av_adapter", "small", ops.av_adapter, av_adapter)
     one = problem.Problem(case, torch.float32, "cpu")
@@ -352,7 +362,7 @@ def test_the_backward_alone_runs_again():
 
 @pytest.fixture(scope="module")
 def collected():
-    """The ids of the default cases, in a process of its own, with what might be there in the folder of the scripts."""
+    """The output of a collection of the default cases, in a process of its own."""
     command = [sys.executable, "-m", "pytest", str(FOLDER), "--device=cpu", "--collect-only", "--dtype=float32"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stdout + done.stderr
@@ -417,6 +427,16 @@ def test_rows_that_could_not_be_kept_are_not_measured(bench, tmp_path, capsys):
     bench.file.write_text(json.dumps({"origin": harness.origin("cpu") | {"commit": "fedcba9"}}))
     assert pytest.main([str(FOLDER), "--device=cpu", f"--json={bench.file}"]) == pytest.ExitCode.USAGE_ERROR
     assert "was measured with commit fedcba9" in capsys.readouterr().err
+
+
+def test_the_device_is_idle_when_the_host_is_timed(monkeypatch):
+    monkeypatch.setattr(instruments, "timed", lambda step, device: (1.0, step()))
+    idle, stub, step = mock.Mock(), mock.Mock(), mock.Mock()
+    monkeypatch.setattr(torch.cuda, "synchronize", idle)
+    stub.stats.stats.data = [1e-3, 2e-3, 3e-3]
+    row = instruments.times(lambda: step, "cuda", Instruments(), stub)
+    stub.pedantic.assert_called_once_with(step, setup=idle, rounds=instruments.ROUNDS, warmup_rounds=1)
+    assert row["host_ms"] == pytest.approx([1.4, 2.0, 2.6])
 
 
 def test_instruments_without_a_gpu(monkeypatch):
