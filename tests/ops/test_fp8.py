@@ -105,6 +105,7 @@ def test_kernel_at_the_ends_of_float32(kernels):
     same_as_the_law(x)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_kernel_on_numbers_that_are_not_finite(kernels, bad):
     """Every product of such a row is NaN, as of the law's; no other row's is."""
