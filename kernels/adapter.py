@@ -44,15 +44,21 @@ def preactivation(
 
 @triton.jit
 def expand(
-    h_a, h_b, o_n, m_n, up_weight, up_bias, x, stride_x, residual, stride_r, out, D, R: tl.constexpr, RA: tl.constexpr, RB:
-    tl.constexpr, ADD_X: tl.constexpr, ADD_RESIDUAL: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    h_a, h_b, o_n, m_n, up_weight, up_bias, scale, x, stride_x, residual, stride_r, out, D, R: tl.constexpr, RA: tl.constexpr,
+    RB: tl.constexpr, SCALE: tl.constexpr, ADD_X: tl.constexpr, ADD_RESIDUAL: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION:
+    tl.constexpr,
 ):  # fmt: skip
-    """Write rows ``o_n`` of ``h W_u^T + b_u``, plus x and the residual where they are to be added."""
+    """Write rows ``o_n`` of ``h W_u^T + b_u``, each times its scale where SCALE, plus x and the residual where they are to be
+    added."""
+    if SCALE:
+        b_scale = tl.load(scale + o_n, mask=m_n, other=0.0).to(tl.float32)
     for start in range(0, D, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         m = m_n[:, None] & (o_d < D)[None, :]
         acc = from_rank(h_a, h_b, o_d, up_weight, 1, R, D, R, RA, RB, PRECISION)
         acc += tl.load(up_bias + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
+        if SCALE:
+            acc *= b_scale[:, None]
         if ADD_X:
             acc += tl.load(x + o_n[:, None] * stride_x + o_d[None, :], mask=m, other=0.0).to(tl.float32)
         if ADD_RESIDUAL:
@@ -70,6 +76,7 @@ def _adapter_fwd_tile(
     down_bias,  # [R]
     up_weight,  # [D, R]
     up_bias,  # [D]
+    scale,  # [N]
     out,  # [N, D]
     rows,
     tile,
@@ -77,6 +84,7 @@ def _adapter_fwd_tile(
     R: tl.constexpr,
     RA: tl.constexpr,
     RB: tl.constexpr,
+    SCALE: tl.constexpr,
     ADD_RESIDUAL: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -90,29 +98,29 @@ def _adapter_fwd_tile(
     z_a, z_b = preactivation(x, stride_x, o_n, m_n, down_weight, down_bias, D, R, RA, RB, BLOCK_D, DTYPE, PRECISION)
     h_a, h_b = gelu(z_a).to(DTYPE), gelu(z_b).to(DTYPE)
     expand(
-        h_a, h_b, o_n, m_n, up_weight, up_bias, x, stride_x, residual, stride_r, out, D, R, RA, RB, False, ADD_RESIDUAL,
-        BLOCK_D, PRECISION,
+        h_a, h_b, o_n, m_n, up_weight, up_bias, scale + first, x, stride_x, residual, stride_r, out, D, R, RA, RB, SCALE, False,
+        ADD_RESIDUAL, BLOCK_D, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows0", "rows1"])
 def _adapter_fwd_kernel(
     x0, x1, stride_x0, stride_x1, residual0, residual1, stride_r0, stride_r1, down_weight0, down_weight1, down_bias0,
-    down_bias1, up_weight0, up_weight1, up_bias0, up_bias1, out0, out1, rows0, rows1, D, R: tl.constexpr, RA: tl.constexpr, RB:
-    tl.constexpr, STREAMS: tl.constexpr, ADD_RESIDUAL: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N:
-    tl.constexpr, BLOCK_D: tl.constexpr,
+    down_bias1, up_weight0, up_weight1, up_bias0, up_bias1, scale0, scale1, out0, out1, rows0, rows1, D, R: tl.constexpr, RA:
+    tl.constexpr, RB: tl.constexpr, STREAMS: tl.constexpr, SCALE: tl.constexpr, ADD_RESIDUAL: tl.constexpr, DTYPE:
+    tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     tiles0 = tl.cdiv(rows0, BLOCK_N)
     if STREAMS == 1 or tile < tiles0:
         _adapter_fwd_tile(
-            x0, stride_x0, residual0, stride_r0, down_weight0, down_bias0, up_weight0, up_bias0, out0, rows0, tile, D, R, RA,
-            RB, ADD_RESIDUAL, DTYPE, PRECISION, BLOCK_N, BLOCK_D,
+            x0, stride_x0, residual0, stride_r0, down_weight0, down_bias0, up_weight0, up_bias0, scale0, out0, rows0, tile, D,
+            R, RA, RB, SCALE, ADD_RESIDUAL, DTYPE, PRECISION, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     else:
         _adapter_fwd_tile(
-            x1, stride_x1, residual1, stride_r1, down_weight1, down_bias1, up_weight1, up_bias1, out1, rows1, tile - tiles0, D,
-            R, RA, RB, ADD_RESIDUAL, DTYPE, PRECISION, BLOCK_N, BLOCK_D,
+            x1, stride_x1, residual1, stride_r1, down_weight1, down_bias1, up_weight1, up_bias1, scale1, out1, rows1, tile -
+            tiles0, D, R, RA, RB, SCALE, ADD_RESIDUAL, DTYPE, PRECISION, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
 
@@ -125,6 +133,7 @@ def _adapter_bwd_tile(
     down_weight,  # [R, D]
     down_bias,  # [R]
     up_weight,  # [D, R]
+    scale,  # [N]
     hidden_grad,  # [N, R], read where ACROSS
     hidden,  # [N, R], written where not ACROSS and NEEDS_WEIGHTS
     dz,  # [N, R], written where NEEDS_WEIGHTS
@@ -135,6 +144,7 @@ def _adapter_bwd_tile(
     R: tl.constexpr,
     RA: tl.constexpr,
     RB: tl.constexpr,
+    SCALE: tl.constexpr,
     ACROSS: tl.constexpr,
     NEEDS_X: tl.constexpr,
     NEEDS_WEIGHTS: tl.constexpr,
@@ -151,8 +161,12 @@ def _adapter_bwd_tile(
         dh_a, dh_b = load_split(hidden_grad + first * R, o_n, m_n, R, RA, RB, tl.float32)
     else:
         dh_a, dh_b = to_rank(grad, stride_g, o_n, m_n, up_weight, 1, R, D, R, RA, RB, BLOCK_D, DTYPE, PRECISION)
+        h_a, h_b = gelu(z_a), gelu(z_b)
+        if SCALE:
+            b_scale = tl.load(scale + first + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
+            dh_a, dh_b, h_a, h_b = dh_a * b_scale, dh_b * b_scale, h_a * b_scale, h_b * b_scale
         if NEEDS_WEIGHTS:
-            store_split(hidden + first * R, o_n, m_n, gelu(z_a), gelu(z_b), R, RA, RB)
+            store_split(hidden + first * R, o_n, m_n, h_a, h_b, R, RA, RB)
     dz_a = (dh_a * gelu_grad(z_a)).to(DTYPE)
     dz_b = (dh_b * gelu_grad(z_b)).to(DTYPE)
     if NEEDS_WEIGHTS:
@@ -171,21 +185,22 @@ def _adapter_bwd_tile(
 @triton.jit(do_not_specialize=["rows0", "rows1"])
 def _adapter_bwd_kernel(
     grad0, grad1, stride_g0, stride_g1, x0, x1, stride_x0, stride_x1, down_weight0, down_weight1, down_bias0, down_bias1,
-    up_weight0, up_weight1, hidden_grad0, hidden_grad1, hidden0, hidden1, dz0, dz1, dx0, dx1, rows0, rows1, D, R: tl.constexpr,
-    RA: tl.constexpr, RB: tl.constexpr, STREAMS: tl.constexpr, ACROSS: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_WEIGHTS:
-    tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    up_weight0, up_weight1, scale0, scale1, hidden_grad0, hidden_grad1, hidden0, hidden1, dz0, dz1, dx0, dx1, rows0, rows1, D,
+    R: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, STREAMS: tl.constexpr, SCALE: tl.constexpr, ACROSS: tl.constexpr,
+    NEEDS_X: tl.constexpr, NEEDS_WEIGHTS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     tiles0 = tl.cdiv(rows0, BLOCK_N)
     if STREAMS == 1 or tile < tiles0:
         _adapter_bwd_tile(
-            grad0, stride_g0, x0, stride_x0, down_weight0, down_bias0, up_weight0, hidden_grad0, hidden0, dz0, dx0, rows0, tile,
-            D, R, RA, RB, ACROSS, NEEDS_X, NEEDS_WEIGHTS, DTYPE, PRECISION, BLOCK_N, BLOCK_D,
+            grad0, stride_g0, x0, stride_x0, down_weight0, down_bias0, up_weight0, scale0, hidden_grad0, hidden0, dz0, dx0,
+            rows0, tile, D, R, RA, RB, SCALE, ACROSS, NEEDS_X, NEEDS_WEIGHTS, DTYPE, PRECISION, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     else:
         _adapter_bwd_tile(
-            grad1, stride_g1, x1, stride_x1, down_weight1, down_bias1, up_weight1, hidden_grad1, hidden1, dz1, dx1, rows1, tile
-            - tiles0, D, R, RA, RB, ACROSS, NEEDS_X, NEEDS_WEIGHTS, DTYPE, PRECISION, BLOCK_N, BLOCK_D,
+            grad1, stride_g1, x1, stride_x1, down_weight1, down_bias1, up_weight1, scale1, hidden_grad1, hidden1, dz1, dx1,
+            rows1, tile - tiles0, D, R, RA, RB, SCALE, ACROSS, NEEDS_X, NEEDS_WEIGHTS, DTYPE, PRECISION, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
 
@@ -194,11 +209,13 @@ def _weight_grad_tile(
     wide,  # [N, D]
     stride_w,
     narrow,  # [N, R]
+    scale,  # [N]
     out,  # [D * R + (R if DOWN else D)]
     first,
     last,
     o_d,
     DOWN: tl.constexpr,
+    SCALE: tl.constexpr,
     D,
     R: tl.constexpr,
     RA: tl.constexpr,
@@ -226,6 +243,9 @@ def _weight_grad_tile(
         if DOWN:
             bias_a += tl.sum(b_a.to(tl.float32), 0)
             bias_b += tl.sum(b_b.to(tl.float32), 0)
+        elif SCALE:
+            b_scale = tl.load(scale + row + o_n, mask=m_n, other=0.0).to(tl.float32)
+            bias_wide += tl.sum(b_w.to(tl.float32) * b_scale[:, None], 0)
         else:
             bias_wide += tl.sum(b_w.to(tl.float32), 0)
     o_a = tl.arange(0, RA)
@@ -256,12 +276,15 @@ def _adapter_bwd_weight_kernel(
     stride_w1,
     narrow0,  # [N0, R]
     narrow1,  # [N1, R]
+    scale0,  # [N0], read where SCALE
+    scale1,  # [N1]
     partial0,  # [splits, D * R + (R if DOWN else D)]
     partial1,
     rows0,
     rows1,
     D,
     DOWN: tl.constexpr,
+    SCALE: tl.constexpr,
     R: tl.constexpr,
     RA: tl.constexpr,
     RB: tl.constexpr,
@@ -275,14 +298,14 @@ def _adapter_bwd_weight_kernel(
     if tl.program_id(2) == 0:
         share = tl.cdiv(tl.cdiv(rows0, BLOCK_N), splits) * BLOCK_N
         _weight_grad_tile(
-            wide0, stride_w0, narrow0, partial0 + split * width, split * share, tl.minimum((split + 1) * share, rows0), o_d,
-            DOWN, D, R, RA, RB, PRECISION, BLOCK_N,
+            wide0, stride_w0, narrow0, scale0, partial0 + split * width, split * share, tl.minimum((split + 1) * share, rows0),
+            o_d, DOWN, SCALE, D, R, RA, RB, PRECISION, BLOCK_N,
         )  # fmt: skip
     else:
         share = tl.cdiv(tl.cdiv(rows1, BLOCK_N), splits) * BLOCK_N
         _weight_grad_tile(
-            wide1, stride_w1, narrow1, partial1 + split * width, split * share, tl.minimum((split + 1) * share, rows1), o_d,
-            DOWN, D, R, RA, RB, PRECISION, BLOCK_N,
+            wide1, stride_w1, narrow1, scale1, partial1 + split * width, split * share, tl.minimum((split + 1) * share, rows1),
+            o_d, DOWN, SCALE, D, R, RA, RB, PRECISION, BLOCK_N,
         )  # fmt: skip
 
 
@@ -324,13 +347,14 @@ def contiguous(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
 def adapter_fwd(
     xs: Sequence[Tensor],
     residuals: Sequence[Tensor],
+    scales: Sequence[Tensor],
     down_weights: Sequence[Tensor],
     down_biases: Sequence[Tensor],
     up_weights: Sequence[Tensor],
     up_biases: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """``residual + up(gelu(down(x)))`` of one or two streams ``[N, D]``; ``residuals`` may be empty.
+    """``residual + scale * up(gelu(down(x)))`` of one or two streams ``[N, D]``; ``residuals`` and ``scales [N]`` may be empty.
 
     Products run in ``dtype``, which the output has too unless the residuals' is wider.
     """
@@ -345,10 +369,11 @@ def adapter_fwd(
         row_grid(xs),
         *(*ends(xs), *strides(xs), *ends(added), *strides(added)),
         *(*ends(down_weights), *ends(down_biases), *ends(up_weights), *ends(up_biases)),
-        *(*ends(outs), len(xs[0]), len(xs[-1]), channels),
+        *(*ends(scales or xs), *ends(outs), len(xs[0]), len(xs[-1]), channels),
         candidates=row_candidates(xs[0], dtype, rank),
         **launch.split_rank(rank),
         STREAMS=len(xs),
+        SCALE=bool(scales),
         ADD_RESIDUAL=bool(residuals),
         DTYPE=launch.triton_dtype(dtype),
         PRECISION=launch.precision(dtype),
@@ -359,6 +384,7 @@ def adapter_fwd(
 def adapter_bwd(
     grads: Sequence[Tensor],
     xs: Sequence[Tensor],
+    scales: Sequence[Tensor],
     down_weights: Sequence[Tensor],
     down_biases: Sequence[Tensor],
     up_weights: Sequence[Tensor],
@@ -371,15 +397,16 @@ def adapter_bwd(
     What is not needed is empty.
     """
     dx = xs[0].new_empty(sum(map(len, xs)) if needs_x else 0, xs[0].shape[1])
-    hiddens, dzs = down_bwd(grads, xs, down_weights, down_biases, up_weights, None, dx, needs_weights, dtype)
+    hiddens, dzs = down_bwd(grads, xs, scales, down_weights, down_biases, up_weights, None, dx, needs_weights, dtype)
     if not needs_weights:
         return dx, []
-    return dx, [weight_grads(grads, hiddens, down=False), weight_grads(xs, dzs, down=True)]
+    return dx, [weight_grads(grads, hiddens, scales, down=False), weight_grads(xs, dzs, [], down=True)]
 
 
 def down_bwd(
     grads: Sequence[Tensor],
     xs: Sequence[Tensor],
+    scales: Sequence[Tensor],
     down_weights: Sequence[Tensor],
     down_biases: Sequence[Tensor],
     up_weights: Sequence[Tensor],
@@ -393,8 +420,8 @@ def down_bwd(
     The gradients of all x fill the packed rows ``dx [N0 + N1, D]``, unless it is empty.
 
     With ``hidden_grads [N, r]`` these come from the cross-attention, and x is also added to the output: its gradient includes
-    that of the output. Without, they are computed from the output's gradient, and only then are hidden tokens returned. What is
-    not needed is an empty list.
+    that of the output. Without, they are computed from the output's gradient, and only then are hidden tokens returned, times
+    their ``scales`` if there are any. What is not needed is an empty list.
     """
     grads, xs = ([launch.unit_stride(x) for x in each] for each in (grads, xs))
     down_weights, down_biases, up_weights = contiguous(down_weights, down_biases, up_weights)
@@ -409,11 +436,12 @@ def down_bwd(
         *(*ends(grads), *strides(grads), *ends(xs), *strides(xs)),
         *(*ends(down_weights), *ends(down_biases), *ends(up_weights)),
         # A kernel never touches what its flags say it need not; any tensor stands in for it.
-        *(*ends(hidden_grads or xs), *ends(hiddens or xs), *ends(dzs or xs), *ends(dxs or xs)),
+        *(*ends(scales or xs), *ends(hidden_grads or xs), *ends(hiddens or xs), *ends(dzs or xs), *ends(dxs or xs)),
         *(len(xs[0]), len(xs[-1]), channels),
         candidates=row_candidates(xs[0], dtype, rank),
         **launch.split_rank(rank),
         STREAMS=len(xs),
+        SCALE=bool(scales),
         ACROSS=across,
         NEEDS_X=len(dx) > 0,
         NEEDS_WEIGHTS=needs_weights,
@@ -428,12 +456,13 @@ def down_bwd(
 _WEIGHT_PROGRAMS = 256
 
 
-def weight_grads(wides: Sequence[Tensor], narrows: Sequence[Tensor], *, down: bool) -> Tensor:
+def weight_grads(wides: Sequence[Tensor], narrows: Sequence[Tensor], scales: Sequence[Tensor], *, down: bool) -> Tensor:
     """Gradients of a projection's weight and bias, flat and one behind the other, float32: a row for each stream.
 
     Args:
         wides: ``[N, D]``, the upstream gradients (up) or the inputs (down).
-        narrows: ``[N, r]``, the hidden tokens (up) or the gradients before GELU (down).
+        narrows: ``[N, r]``, the hidden tokens (up), times their scale, or the gradients before GELU (down).
+        scales: ``[N]``, of the rows that the bias's gradient (up) adds up; may be empty.
         down: whether the weight is ``[r, D]`` and the bias ``[r]``, not ``[D, r]`` and ``[D]``.
     """
     wides = [launch.unit_stride(x) for x in wides]
@@ -449,10 +478,11 @@ def weight_grads(wides: Sequence[Tensor], narrows: Sequence[Tensor], *, down: bo
     launch.run(
         _adapter_bwd_weight_kernel,
         lambda config: (triton.cdiv(channels, config["BLOCK_D"]), splits, len(wides)),
-        *(*ends(wides), *strides(wides), *ends(narrows), *ends(partials)),
+        *(*ends(wides), *strides(wides), *ends(narrows), *ends(scales or narrows), *ends(partials)),
         *(len(wides[0]), len(wides[-1]), channels),
         candidates=candidates,
         DOWN=down,
+        SCALE=bool(scales),
         **launch.split_rank(rank),
         PRECISION=launch.precision(narrows[0].dtype),
     )

@@ -116,8 +116,8 @@ def _av_adapter_fwd_tile(
             h_a = (h_a.to(tl.float32) + b_gate * heard_a).to(DTYPE)
             h_b = (h_b.to(tl.float32) + b_gate * heard_b).to(DTYPE)
         expand(
-            h_a, h_b, o_n, m_n, up_weight, up_bias, x + first * stride_x, stride_x, residual + first * stride_r, stride_r, out +
-            first * D, D, R, RA, RB, True, ADD_RESIDUAL, BLOCK_D, PRECISION,
+            h_a, h_b, o_n, m_n, up_weight, up_bias, x, x + first * stride_x, stride_x, residual + first * stride_r, stride_r,
+            out + first * D, D, R, RA, RB, False, True, ADD_RESIDUAL, BLOCK_D, PRECISION,
         )  # fmt: skip
 
 
@@ -332,6 +332,6 @@ def av_adapter_bwd(
         d_exchanged, d_hiddens = d_hiddens, [torch.empty_like(h) for h in hiddens]
         attend_bwd(hiddens, d_exchanged, gates, lses, deltas, d_hiddens, groups, n, m, grid, fusion, dtype)
     dx = xs[0].new_empty(sum(map(len, rows)) if needs_x else 0, channels)
-    _, dzs = down_bwd(grads, rows, down_weights, down_biases, up_weights, d_hiddens, dx, needs_weights, dtype)
-    packed = [weight_grads(grads, exchanged, down=False), weight_grads(rows, dzs, down=True)] if needs_weights else []
+    _, dzs = down_bwd(grads, rows, [], down_weights, down_biases, up_weights, d_hiddens, dx, needs_weights, dtype)
+    packed = [weight_grads(grads, exchanged, [], down=False), weight_grads(rows, dzs, [], down=True)] if needs_weights else []
     return dx, packed, deltas

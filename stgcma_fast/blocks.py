@@ -133,10 +133,8 @@ def _temporal(block: Block, layers: FrozenLayers, streams: Streams, runner: Runn
         has_adapters = weights[0] is not None
         if not (has_adapters and runner.fold_temporal):
             ys = [linear(y, *layers.proj) for y in ys]
-        if has_adapters and masks[0] is None:
-            return adapters(ys, weights, xs, impl=runner.impl)
         if has_adapters:
-            ys = adapters(ys, weights, [None] * len(ys), impl=runner.impl)
+            return adapters(ys, weights, xs, masks, impl=runner.impl)
         return [x + (y if mask is None else y * mask) for x, y, mask in zip(xs, ys, masks, strict=True)]
 
     def piece(x: Tensor, mask: Tensor | None, *shared: Tensor) -> Tensor:

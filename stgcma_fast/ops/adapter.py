@@ -18,13 +18,21 @@ from .linear import linear
 LARGEST_RANK = 128
 
 
-def adapter(x: Tensor, params: AdapterParams, residual: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
-    """``residual + gelu(x W_d^T + b_d) W_u^T + b_u``, equations 2, 6 and 7; no sum where ``residual`` is None.
+def adapter(
+    x: Tensor,
+    params: AdapterParams,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """``residual + scale (gelu(x W_d^T + b_d) W_u^T + b_u)``, equations 2, 6 and 7; no sum where ``residual`` is None.
 
     Args:
         x: ``[..., D]``, any floating dtype.
         params: ``down_weight [r, D]``, ``down_bias [r]``, ``up_weight [D, r]``, ``up_bias [D]``.
         residual: ``[..., D]`` or None.
+        scale: ``[..., 1]``, with ones where it is the same for all, or None for 1: stochastic depth. It gets no gradient.
         impl: which implementation serves; anything but "auto" runs as asked or raises.
 
     Returns:
@@ -34,24 +42,39 @@ def adapter(x: Tensor, params: AdapterParams, residual: Tensor | None = None, *,
         ValueError: shapes or dtypes that do not fit.
         NotImplementedError: ``impl`` cannot serve; the text gives every reason.
     """
-    return adapters([x], [params], [residual], impl=impl)[0]
+    return adapters([x], [params], [residual], [scale], impl=impl)[0]
 
 
 def adapters(
-    xs: Sequence[Tensor], params: Sequence[AdapterParams], residuals: Sequence[Tensor | None], *, impl: Impl = "auto"
+    xs: Sequence[Tensor],
+    params: Sequence[AdapterParams],
+    residuals: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
+    *,
+    impl: Impl = "auto",
 ) -> list[Tensor]:
     """`adapter` of one or two streams, each with weights of its own; Triton serves both in one launch."""
-    for x, p, residual in zip(xs, params, residuals, strict=True):
+    for x, p, residual, scale in zip(xs, params, residuals, scales, strict=True):
         check_adapter("params", p, x.shape[-1])
         if residual is not None:
             check_shape("residual", residual, *x.shape)
+        if scale is not None:
+            _check_scale(scale, x)
         check_alike("adapter", x=x, **p._asdict())
-    calls = list(zip(xs, params, residuals, strict=True))
+    calls = list(zip(xs, params, residuals, scales, strict=True))
     serving = [select("adapter", impl, *call) for call in calls]
-    alike = len({(x.shape[-1], x.dtype, p.down_bias.shape, None if r is None else r.dtype) for x, p, r in calls}) == 1
-    if alike and len(calls) <= 2 and all(function is _triton for function in serving):
-        return _together(xs, params, residuals)
+    kinds = {(x.shape[-1], x.dtype, p.down_bias.shape, None if r is None else r.dtype, s is None) for x, p, r, s in calls}
+    if len(kinds) == 1 and len(calls) <= 2 and all(function is _triton for function in serving):
+        return _together(xs, params, residuals, scales)
     return [function(*call) for function, call in zip(serving, calls, strict=True)]
+
+
+def _check_scale(scale: Tensor, x: Tensor) -> None:
+    fits = scale.ndim == x.ndim and scale.shape[-1] == 1
+    if not fits or any(n not in (1, size) for n, size in zip(scale.shape, x.shape, strict=True)):
+        raise ValueError(f"scale: expected {[*x.shape[:-1], 1]}, or ones in it, got {list(scale.shape)}")
+    if scale.requires_grad:
+        raise ValueError("scale: got a tensor that requires a gradient, expected a constant")
 
 
 def down(x: Tensor, params: AdapterParams) -> Tensor:
@@ -64,12 +87,13 @@ def up(hidden: Tensor, params: AdapterParams) -> Tensor:
     return linear(hidden, params.up_weight, params.up_bias)
 
 
-def _torch(x: Tensor, params: AdapterParams, residual: Tensor | None = None) -> Tensor:
+def _torch(x: Tensor, params: AdapterParams, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     y = up(down(x, params), params)
+    y = y if scale is None else y * scale
     return y if residual is None else residual + y
 
 
-def _fwd_fake(xs, residuals, down_weights, down_biases, up_weights, up_biases, dtype):
+def _fwd_fake(xs, residuals, scales, down_weights, down_biases, up_weights, up_biases, dtype):
     wide = torch.promote_types(dtype, residuals[0].dtype) if residuals else dtype
     return [x.new_empty(x.shape, dtype=wide) for x in xs]
 
@@ -77,12 +101,13 @@ def _fwd_fake(xs, residuals, down_weights, down_biases, up_weights, up_biases, d
 _WEIGHTS = "Tensor[] down_weights, Tensor[] down_biases, Tensor[] up_weights"
 _fwd = define(
     "adapter",
-    f"adapter_fwd(Tensor[] xs, Tensor[] residuals, {_WEIGHTS}, Tensor[] up_biases, ScalarType dtype) -> Tensor[]",
+    f"adapter_fwd(Tensor[] xs, Tensor[] residuals, Tensor[] scales, {_WEIGHTS}, Tensor[] up_biases, ScalarType dtype)"
+    " -> Tensor[]",
     _fwd_fake,
 )
 
 
-def _bwd_fake(grads, xs, down_weights, down_biases, up_weights, needs_x, needs_weights, dtype):
+def _bwd_fake(grads, xs, scales, down_weights, down_biases, up_weights, needs_x, needs_weights, dtype):
     return packed_rows_fake(xs, needs_x), packed_weights_fake(xs, down_weights) if needs_weights else []
 
 
@@ -121,36 +146,38 @@ def unpack_weight_grads(packed: Sequence[Tensor], params: Sequence[AdapterParams
 
 _bwd = define(
     "adapter",
-    f"adapter_bwd(Tensor[] grads, Tensor[] xs, {_WEIGHTS}, bool needs_x, bool needs_weights, ScalarType dtype)"
+    f"adapter_bwd(Tensor[] grads, Tensor[] xs, Tensor[] scales, {_WEIGHTS}, bool needs_x, bool needs_weights, ScalarType dtype)"
     " -> (Tensor, Tensor[])",
     _bwd_fake,
 )
 
 
 class _Adapters(torch.autograd.Function):
-    """Inputs by stream: ``xs``, ``residuals`` (None or tensors), then the four weights of each."""
+    """Inputs by stream: ``xs``, ``residuals`` and ``scales`` (None or tensors), then the four weights of each."""
 
     @staticmethod
     def forward(ctx, streams: int, dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        xs, residuals = tensors[:streams], tensors[streams : 2 * streams]
-        params = [AdapterParams(*tensors[i : i + 4]) for i in range(2 * streams, len(tensors), 4)]
-        added = [] if residuals[0] is None else list(residuals)
-        outs = _fwd(list(xs), added, *(list(weights) for weights in zip(*params, strict=True)), dtype)
+        xs, residuals, scales = (tensors[i * streams : (i + 1) * streams] for i in range(3))
+        params = [AdapterParams(*tensors[i : i + 4]) for i in range(3 * streams, len(tensors), 4)]
+        added, scaled = ([] if each[0] is None else list(each) for each in (residuals, scales))
+        outs = _fwd(list(xs), added, scaled, *(list(weights) for weights in zip(*params, strict=True)), dtype)
         ctx.streams, ctx.dtype, ctx.residual_dtypes = streams, dtype, [r.dtype for r in added]
-        ctx.save_for_backward(*xs, *(weight for p in params for weight in p))
+        ctx.save_for_backward(*xs, *scales, *(weight for p in params for weight in p))
         return tuple(outs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         streams, saved = ctx.streams, ctx.saved_tensors
-        xs, params = saved[:streams], [AdapterParams(*saved[i : i + 4]) for i in range(streams, len(saved), 4)]
+        xs, scales = saved[:streams], saved[streams : 2 * streams]
+        params = [AdapterParams(*saved[i : i + 4]) for i in range(2 * streams, len(saved), 4)]
         needs = ctx.needs_input_grad[2:]
-        needs_x, needs_weights = any(needs[:streams]), any(needs[2 * streams :])
+        needs_x, needs_weights = any(needs[:streams]), any(needs[3 * streams :])
         dx, packed = None, []
         if needs_x or needs_weights:
             weights = [list(each) for each in zip(*params, strict=True)][:3]
-            dx, packed = _bwd(list(grads), list(xs), *weights, needs_x, needs_weights, ctx.dtype)
+            scaled = [] if scales[0] is None else list(scales)
+            dx, packed = _bwd(list(grads), list(xs), scaled, *weights, needs_x, needs_weights, ctx.dtype)
         dresiduals = [grad.to(dtype) for grad, dtype in zip(grads, ctx.residual_dtypes, strict=False)]
         weight_grads = [g for p in unpack_weight_grads(packed, params) for g in p] if needs_weights else [None] * 4 * streams
         return (
@@ -158,19 +185,27 @@ class _Adapters(torch.autograd.Function):
             None,
             *(unpack_rows(dx, xs) if needs_x else [None] * streams),
             *(dresiduals or [None] * streams),
+            *[None] * streams,
             *weight_grads,
         )
 
 
-def _together(xs: Sequence[Tensor], params: Sequence[AdapterParams], residuals: Sequence[Tensor | None]) -> list[Tensor]:
+def _together(
+    xs: Sequence[Tensor],
+    params: Sequence[AdapterParams],
+    residuals: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
+) -> list[Tensor]:
     rows = [x.reshape(-1, x.shape[-1]) for x in xs]
     added = [None if r is None else r.reshape(-1, r.shape[-1]) for r in residuals]
-    outs = _Adapters.apply(len(xs), product_dtype(xs[0]), *rows, *added, *(weight for p in params for weight in p))
+    scaled = [None if s is None else s.expand(*x.shape[:-1], 1).reshape(-1) for x, s in zip(xs, scales, strict=True)]
+    weights = [weight for p in params for weight in p]
+    outs = _Adapters.apply(len(xs), product_dtype(xs[0]), *rows, *added, *scaled, *weights)
     return [out.view(x.shape) for out, x in zip(outs, xs, strict=True)]
 
 
-def _triton(x: Tensor, params: AdapterParams, residual: Tensor | None = None) -> Tensor:
-    return _together([x], [params], [residual])[0]
+def _triton(x: Tensor, params: AdapterParams, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    return _together([x], [params], [residual], [scale])[0]
 
 
 def adapter_limits(params: Sequence[AdapterParams], residuals: Sequence[Tensor | None]) -> Iterator[str]:
@@ -183,7 +218,7 @@ def adapter_limits(params: Sequence[AdapterParams], residuals: Sequence[Tensor |
             yield f"its kernels take a bottleneck width of at most {LARGEST_RANK}, got {len(p.down_bias)}"
 
 
-def _limits(x: Tensor, params: AdapterParams, residual: Tensor | None = None) -> Iterator[str]:
+def _limits(x: Tensor, params: AdapterParams, residual: Tensor | None = None, scale: Tensor | None = None) -> Iterator[str]:
     yield from adapter_limits([params], [residual])
 
 

@@ -27,13 +27,15 @@ def up(hidden: Tensor, params: AdapterParams) -> Tensor:
     return F.linear(hidden, params.up_weight, params.up_bias)
 
 
-def adapter(x: Tensor, params: AdapterParams, residual: Tensor | None = None) -> Tensor:
-    """``residual + up(down(x))``, without the sum where ``residual`` is None.
+def adapter(x: Tensor, params: AdapterParams, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """``residual + scale * up(down(x))``, without the sum where ``residual`` is None and the product where ``scale`` is.
 
     Args:
         x: ``[..., D]``.
         params: the adapter's weights.
         residual: ``[..., D]`` or None.
+        scale: ``[..., 1]``, broadcast to the tokens, or None; that of stochastic depth.
     """
     y = up(down(x, params), params)
+    y = y if scale is None else y * scale
     return y if residual is None else residual + y

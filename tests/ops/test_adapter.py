@@ -1,5 +1,7 @@
 """The bottleneck adapter."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -23,9 +25,10 @@ each_size = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
 def function(of, impl=None):
     """``of.adapter`` with its weights taken by name."""
 
-    def adapter(x, residual=None, **weights):
+    def adapter(x, residual=None, scale=None, **weights):
         params = ops.AdapterParams(**weights)
-        return of.adapter(x, params, residual) if impl is None else of.adapter(x, params, residual, impl=impl)
+        call = of.adapter if impl is None else partial(of.adapter, impl=impl)
+        return call(x, params, residual, scale)
 
     return adapter
 
@@ -181,9 +184,9 @@ def test_kernel_compiled(kernels, residual):
 
 
 def pair(impl):
-    def both(x, residual, x1, residual1, **weights):
+    def both(x, residual, x1, residual1, scale=None, scale1=None, **weights):
         params = [ops.AdapterParams(**{n: weights[prefix + n] for n in WEIGHTS}) for prefix in ("", "other_")]
-        return tuple(adapters([x, x1], params, [residual, residual1], impl=impl))
+        return tuple(adapters([x, x1], params, [residual, residual1], [scale, scale1], impl=impl))
 
     return both
 
@@ -202,6 +205,51 @@ def test_kernel_serves_two_streams_in_one_launch(kernels, dtype):
     tensors = two_streams(dtype)
     got = check("adapter", pair("triton"), pair("reference"), tensors, reductions=[48, 24, 66])
     assert not torch.equal(got["grad_down_weight"], got["grad_other_down_weight"])
+
+
+def dropped(tensors):
+    """Some tokens' adapters left out, the others scaled up."""
+    scales = {"scale": torch.tensor([0.0, 1.25]).view(2, 1, 1), "scale1": draw(30, 1, 33, 1).abs()}
+    names = {"x": "scale", "x1": "scale1"}
+    return tensors | {s: scales[s].to(tensors[x]) for x, s in names.items() if x in tensors}
+
+
+FROZEN_SCALES = {"scale", "scale1"}
+
+
+@each_kernel_dtype
+def test_kernel_scales_rows(kernels, dtype):
+    """Stochastic depth, the scale broadcast over tokens or over clips, two streams."""
+    tensors = dropped(two_streams(dtype))
+    options = {"reductions": [48, 24, 66], "frozen": FROZEN_SCALES}
+    got = check("adapter", pair("triton"), pair("reference"), tensors, **options)
+    assert torch.equal(got["out0"][0], tensors["residual"][0])
+    assert not got["grad_x"][0].any()
+
+
+@pytest.mark.parametrize("frozen", [set(), set(WEIGHTS), {"x"}], ids=["none", "weights", "x"])
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "bare"])
+def test_kernel_scales_rows_with_frozen_inputs(kernels, residual, frozen):
+    hold(dropped(problem((2, 40), 48, 24, residual=residual)), fast=KERNEL, frozen=frozen | FROZEN_SCALES)
+
+
+@each_dtype
+def test_scaled_rows(dtype):
+    hold(dropped(problem((2, 20), 48, 24, dtype=dtype)), frozen=FROZEN_SCALES)
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (torch.ones(2, 20), r"scale: expected \[2, 20, 1\], or ones in it, got \[2, 20\]"),
+        (torch.ones(2, 3, 1), r"scale: expected \[2, 20, 1\], or ones in it, got \[2, 3, 1\]"),
+        (torch.ones(2, 1, 1, requires_grad=True), "expected a constant"),
+    ],
+    ids=["dimensions", "sizes", "trained"],
+)
+def test_scale_errors(scale, message):
+    with pytest.raises(ValueError, match=message):
+        FAST(**problem((2, 20), 48, 24), scale=scale)
 
 
 def test_two_streams_are_one_launch(kernels, monkeypatch):
@@ -251,9 +299,13 @@ def test_kernel_as_pytorch_sees_it(kernels):
     x, residual, *weights = problem((5,), 48, 24).values()
     operators = torch.ops.stgcma_fast
     each = [[w, w] for w in weights]
-    torch.library.opcheck(operators.adapter_fwd.default, ([x, x[:3]], [residual, residual[:3]], *each, torch.float32))
+    torch.library.opcheck(operators.adapter_fwd.default, ([x, x[:3]], [residual, residual[:3]], [], *each, torch.float32))
+    scales = [torch.ones(5, device=x.device), torch.ones(3, device=x.device)]
+    torch.library.opcheck(operators.adapter_fwd.default, ([x, x[:3]], [], scales, *each, torch.float32))
     for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(operators.adapter_bwd.default, ([x, x[:3]], [x, x[:3]], *each[:3], *needs, torch.float32))
+        for scaled in ([], scales):
+            arguments = [x, x[:3]], [x, x[:3]], scaled, *each[:3], *needs, torch.float32
+            torch.library.opcheck(operators.adapter_bwd.default, arguments)
 
 
 def test_kernel_refuses_wide_bottlenecks(kernels):
@@ -265,7 +317,7 @@ def test_a_third_stream_is_not_forgotten(kernels):
     """The kernels take the first and the last of their streams: three are served one by one."""
     params = ops.AdapterParams(**adapter_weights(2, 48, 24))
     xs = [draw(seed, 5, 48) for seed in range(3)]
-    outs = adapters(xs, [params] * 3, [None] * 3, impl="triton")
+    outs = adapters(xs, [params] * 3, [None] * 3, [None] * 3, impl="triton")
     for out, x in zip(outs, xs, strict=True):
         torch.testing.assert_close(out, reference.adapter(x, params))
 
@@ -273,7 +325,7 @@ def test_a_third_stream_is_not_forgotten(kernels):
 def test_streams_of_two_dtypes_keep_them(kernels):
     xs = [draw(0, 5, 48, dtype=torch.float16), draw(1, 5, 48)]
     params = [ops.AdapterParams(**adapter_weights(2, 48, 24, dtype=x.dtype)) for x in xs]
-    outs = adapters(xs, params, [None, None], impl="triton")
+    outs = adapters(xs, params, [None, None], [None, None], impl="triton")
     assert [out.dtype for out in outs] == [torch.float16, torch.float32]
     torch.testing.assert_close(outs[1], reference.adapter(xs[1], params[1]))
 
