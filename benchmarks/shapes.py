@@ -184,18 +184,18 @@ def _params(make: Make, stage: Stage) -> ops.AdapterParams:
 
 
 def _adapters(stages: Iterable[Stage]) -> Iterator[Case]:
-    def case(label: str, stage: Stage, tokens: int, residual: bool) -> Case:
+    def case(label: str, stage: Stage, tokens: int, scaled: bool) -> Case:
         def arguments(make: Make) -> Arguments:
             x, y = (make(stage.clips, stage.frames, tokens, stage.dim) for _ in range(2))
-            return (x, _params(make, stage), y if residual else None), {}
+            scale = make(stage.clips, 1, tokens, 1, grad=False) if scaled else None
+            return (x, _params(make, stage), y, scale), {}
 
-        return Case("adapter", label if residual else f"{label} no residual", ops.adapter, arguments)
+        return Case("adapter", f"{label} stochastic depth" if scaled else label, ops.adapter, arguments)
 
     for stage in stages:
         for label, tokens in stage.streams:
-            # Stochastic depth scales what the adapter adds, so then the residual is added behind it.
-            yield case(label, stage, tokens, True)
             yield case(label, stage, tokens, False)
+            yield case(label, stage, tokens, True)
 
 
 def _cross_modal(stages: Iterable[Stage]) -> Iterator[Case]:

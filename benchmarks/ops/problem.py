@@ -64,7 +64,7 @@ def work(case: Case, mode: str, arguments: Arguments, outputs: Sequence[Tensor])
     inputs = _inputs(arguments)
     # An output that is an input itself, for a residual, is not written; its upstream gradient is read.
     written = sum(y.nbytes for y in outputs if all(y is not x for x in inputs))
-    residuals = args[2:] if case.op == "adapter" else [kwargs.get("residual_visual"), kwargs.get("residual_audio")]
+    residuals = args[2:3] if case.op == "adapter" else [kwargs.get("residual_visual"), kwargs.get("residual_audio")]
     kept = [x for x in inputs if all(x is not residual for residual in residuals)]
     flops = _products(case.op, args, kwargs)
     forward = Work(flops[0], written + sum(x.nbytes for x in inputs))

@@ -36,7 +36,7 @@ SMALL = (
     ("window_attention", "swin_b stage 3 shift 3"),
     ("window_attention", "window 12 shift 6"),
     ("adapter", "swin_b stage 4"),
-    ("adapter", "clip_l14 audio no residual"),
+    ("adapter", "clip_l14 audio stochastic depth"),
     ("cross_modal_attention", "clip_b16"),
     ("cross_modal_attention", "swin_b stage 3 windows"),
     ("av_adapter", "clip_b16"),
