@@ -57,7 +57,7 @@ ADAPTERS, HOST, OTHER = "adapters", "views and host", "other"
 CLASSES = {
     FROZEN: None,
     PRODUCTS: r"(add|badd)?b?(mm|mv)|dot|ger|_addmm_activation|_scaled_mm"
-    r"|((mkldnn_|cudnn_)?convolution|_slow_conv2d|thnn_conv2d)\w*|mkldnn_linear(_backward\w*)?",
+    r"|((mkldnn_|cudnn_)?convolution|_slow_conv2d|thnn_conv2d)\w*|mkldnn_linear(_backward\w*)?|mkldnn::_linear_pointwise",
     ATTENTION: r"(_|stgcma_fast::)[a-z]+_attention_\w+|_(scaled_dot_product|flash_att|efficient_att|cudnn_att)\w+"
     r"|.*(flash_attn|fmha|xformers).*",
     EXCHANGE: r"(_|stgcma_fast::)cross_modal_\w+|_av_adapter_fwd_kernel",
@@ -115,6 +115,8 @@ def flop(event: FunctionEvent) -> int:
     if name in ("mm", "bmm", "addmm", "baddbmm", "_scaled_mm"):
         a, b = shapes[1:3] if "add" in name else shapes[:2]
         return 2 * math.prod(a) * b[-1]
+    if name == "mkldnn::_linear_pointwise":
+        return 2 * math.prod(shapes[0]) * shapes[1][0]
     if name == "convolution":
         # All convolutions here take patches that do not overlap: each element of the input meets each output channel once.
         return 2 * math.prod(shapes[0]) * shapes[1][0]

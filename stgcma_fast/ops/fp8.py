@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.quantize import DTYPE, quantize_rows
+from ..reference.fp8 import DTYPE, quantize_rows
 from .boundary import define
 from .dispatch import Impl, product_dtype, refusals
 
@@ -91,7 +91,7 @@ def _fwd_fake(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
-_fwd = define("quantize", "quantize_fwd(Tensor x, ScalarType dtype) -> (Tensor, Tensor)", _fwd_fake)
+_fwd = define("fp8", "quantize_fwd(Tensor x, ScalarType dtype) -> (Tensor, Tensor)", _fwd_fake)
 
 
 def _quantize(x: Tensor, kernel: bool) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ def _quantize(x: Tensor, kernel: bool) -> tuple[Tensor, Tensor]:
 
 
 def _product(rows: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`reference.quantize.scaled_product`, rounded to bfloat16."""
+    """`reference.fp8.scaled_product`, rounded to bfloat16."""
     # Without fast accumulation, which on Hopper would keep 14 bits of a sum.
     return torch._scaled_mm(rows, weight.t(), row_scale, weight_scale.t(), bias=bias, out_dtype=torch.bfloat16)
 

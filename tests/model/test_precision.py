@@ -10,8 +10,8 @@ from stgcma_fast import FastSTGCMA, preset
 from stgcma_fast.config import ClipConfig, ModelConfig
 from stgcma_fast.ops import fp8, stream
 from stgcma_fast.ops.fp8 import quantize_weight
+from stgcma_fast.reference.fp8 import scaled_product
 from stgcma_fast.reference.model import Block
-from stgcma_fast.reference.quantize import scaled_product
 from tests.support.models import golden, golden_config, inputs, seed, tiny_config
 
 each_arch = pytest.mark.parametrize("arch", ["swin", "clip"])

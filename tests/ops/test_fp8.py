@@ -7,8 +7,8 @@ import torch
 
 from stgcma_fast.ops import fp8
 from stgcma_fast.ops.fp8 import fp8_linear, quantize_weight
-from stgcma_fast.reference.quantize import LARGEST, SMALLEST_SCALE, quantize_rows, scaled_product
-from stgcma_fast.reference.quantize import fp8_linear as law
+from stgcma_fast.reference.fp8 import LARGEST, SMALLEST_SCALE, quantize_rows, scaled_product
+from stgcma_fast.reference.fp8 import fp8_linear as law
 from tests.support.inputs import Device, draw, each_dtype, each_stride
 from tests.support.numerics import EPS32, evaluate
 

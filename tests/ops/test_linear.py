@@ -166,3 +166,17 @@ def test_onednn_can_be_switched_off():
     assert served_by_onednn(x, x)
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
         assert not served_by_onednn(x, x)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_bfloat16_bias_of_frozen_layers_is_added_by_the_product(trained):
+    """The same numbers as the library's, which writes the bias first; trained weights stay with the library."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bfloat16 products")
+    tensors = problem((3, 37), 96, 48, dtype=torch.bfloat16)
+    x, weight, bias = tensors["x"].requires_grad_(), tensors["weight"].requires_grad_(trained), tensors["bias"]
+    y, wanted = linear(x, weight, bias), F.linear(x, weight, bias)
+    assert ("FusedBias" in y.grad_fn.next_functions[0][0].name()) != trained
+    assert torch.equal(y, wanted)
+    upstream = draw(3, *y.shape, dtype=torch.bfloat16)
+    assert torch.equal(*(torch.autograd.grad(out, x, upstream)[0] for out in (y, wanted)))
