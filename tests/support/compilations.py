@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from stgcma_fast import ops
 from stgcma_fast.kernels import launch
 from stgcma_fast.ops.adapter import adapters
-from stgcma_fast.ops.layer_norm import packed_layer_norm
+from stgcma_fast.ops.layer_norm import branched_layer_norm
 from stgcma_fast.ops.temporal_attention import temporal_attentions
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -37,8 +38,12 @@ def streams(frames: int, channels: int) -> list[Tensor]:
 
 
 CALLS = {
-    "layer_norm": lambda b: packed_layer_norm(streams(10 * b, 96), make(96, frozen=True), make(96, frozen=True), **FUSED),
-    "adapter": lambda b: adapters(streams(10 * b, 96), [params(), params()], streams(10 * b, 96), **FUSED),
+    "layer_norm": lambda b: tree_leaves(
+        branched_layer_norm(streams(10 * b, 96), make(96, frozen=True), make(96, frozen=True), **FUSED)
+    ),
+    "adapter": lambda b: adapters(
+        streams(10 * b, 96), [params(), params()], streams(10 * b, 96), [make(10 * b, 1, 1, frozen=True)] * 2, **FUSED
+    ),
     "cross_modal_attention": lambda b: ops.cross_modal_attention(*streams(10 * b, 24), make(1), make(1), **FUSED),
     "av_adapter": lambda b: ops.av_adapter(*streams(10 * b, 96), params(), params(), make(1), make(1), **FUSED),
     "av_adapter in windows": lambda b: ops.av_adapter(
