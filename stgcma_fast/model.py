@@ -20,6 +20,10 @@ from .ops.fp8 import quantize_weight, size_refusals
 from .reference.model import Block, ReferenceSTGCMA, is_trainable
 
 
+def _quantize_loaded(model: FastSTGCMA, keys: Any) -> None:
+    model.quantize_frozen()
+
+
 class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fast", license="apache-2.0"):
     """STG-CMA, fast: the published model's call, checkpoint keys and numbers.
 
@@ -76,6 +80,8 @@ class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fas
         self.runner = Runner(impl, fold_temporal, checkpointing, precision)
         self._hub_mixin_config = {"config": config.to_dict()}
         self.quantize_frozen()
+        # A hook, as `load_state_dict` of a module that holds this one does not call ours.
+        self.register_load_state_dict_post_hook(_quantize_loaded)
 
     def features(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the head reads, ``[B * T, D]`` a stream, from images ``[B, T, c, height, width]``."""
@@ -119,7 +125,7 @@ class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fas
     def quantize_frozen(self) -> None:
         """With ``precision="fp8-frozen"``, make the float8 copies of frozen weights; else nothing.
 
-        The constructor, `load_state_dict`, `cast_frozen` and whatever moves or casts the model call it. Call it after writing
+        The constructor, loading a state, `cast_frozen` and whatever moves or casts the model call it. Call it after writing
         into frozen weights by other means.
 
         Raises:
@@ -167,9 +173,7 @@ class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fas
             RuntimeError: missing, unexpected or misshapen keys, all named.
             ValueError: weights that are not finite, or buffers of another geometry, all named.
         """
-        keys = super().load_state_dict(checked_state(self, state_dict), strict, assign)
-        self.quantize_frozen()
-        return keys
+        return super().load_state_dict(checked_state(self, state_dict), strict, assign)
 
     @classmethod
     def _load_as_safetensor(cls, model: FastSTGCMA, model_file: str, map_location: str, strict: bool) -> FastSTGCMA:

@@ -15,7 +15,7 @@ import torch
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """After every test for a device has run, leave word for the benchmarks whether all passed, and at which commit."""
     option = session.config.option
-    whole = not (option.keyword or option.lf or option.ignore or option.deselect or option.collectonly)
+    whole = not (option.keyword or getattr(option, "lf", False) or option.ignore or option.deselect or option.collectonly)
     whole = whole and session.config.args == session.config.getini("testpaths")
     device = {"not gpu and not slow": "cpu", "gpu": "cuda"}.get(option.markexpr)
     if not whole or device is None or hasattr(session.config, "workerinput"):

@@ -198,7 +198,10 @@ def _together(
 ) -> list[Tensor]:
     rows = [x.reshape(-1, x.shape[-1]) for x in xs]
     added = [None if r is None else r.reshape(-1, r.shape[-1]) for r in residuals]
-    scaled = [None if s is None else s.expand(*x.shape[:-1], 1).reshape(-1) for x, s in zip(xs, scales, strict=True)]
+    # Contiguous, as the kernels read them: expanded by `reshape` alone, a single number is a view of stride 0.
+    scaled = [
+        None if s is None else s.expand(*x.shape[:-1], 1).reshape(-1).contiguous() for x, s in zip(xs, scales, strict=True)
+    ]
     weights = [weight for p in params for weight in p]
     outs = _Adapters.apply(len(xs), product_dtype(xs[0]), *rows, *added, *scaled, *weights)
     return [out.view(x.shape) for out, x in zip(outs, xs, strict=True)]

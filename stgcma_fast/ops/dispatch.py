@@ -135,9 +135,11 @@ def select(op: str, impl: Impl, *args: Any, **kwargs: Any) -> Callable:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a matrix product of ``x`` runs: its own, or that of autocast."""
+    """The dtype in which a matrix product of ``x`` runs: its own, or that of autocast, which leaves float64 alone."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def _log_once(op: str, reasons: str) -> None:

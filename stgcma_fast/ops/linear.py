@@ -49,7 +49,7 @@ class _FusedBiasLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias.contiguous(), "none", [], "")
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -184,7 +184,7 @@ def _misaligned(qkv: Tensor) -> bool:
 
 def _cast(qkv: Tensor) -> Tensor:
     """Autocast, once for the packed tensor: PyTorch would cast query, key and value by themselves, the libraries not at all."""
-    return qkv if qkv.dtype == torch.float64 else qkv.to(product_dtype(qkv))
+    return qkv.to(product_dtype(qkv))
 
 
 def _libraries(qkv: Tensor, *, scale: float) -> Tensor:

@@ -108,6 +108,8 @@ def test_copies_follow_the_weights_and_are_not_saved(arch):
     assert model.state_dict().keys() == full.state_dict().keys()
     for change in (
         lambda: model.load_state_dict(full.state_dict()),
+        # A module that holds the model, as torch.compile's and DDP's do, does not call its `load_state_dict`.
+        lambda: torch.nn.ModuleDict({"held": model}).load_state_dict({f"held.{k}": v for k, v in full.state_dict().items()}),
         lambda: model.cast_frozen(torch.bfloat16),
         lambda: model.double(),
     ):

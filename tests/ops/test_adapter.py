@@ -233,6 +233,21 @@ def test_kernel_scales_rows_with_frozen_inputs(kernels, residual, frozen):
     hold(dropped(problem((2, 40), 48, 24, residual=residual)), fast=KERNEL, frozen=frozen | FROZEN_SCALES)
 
 
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda: torch.full((1, 1, 1), 2.0),
+        lambda: draw(1, 2, 1, 1),
+        lambda: draw(1, 1, 5, 1),
+        lambda: draw(1, 2, 5, 3)[..., :1],
+    ],
+    ids=["one", "clips", "tokens", "strided"],
+)
+def test_kernel_takes_scales_of_any_strides(kernels, scale):
+    """One number for all, expanded, was read beyond its end."""
+    hold(problem((2, 5), 16, 8) | {"scale": scale()}, fast=KERNEL, frozen=FROZEN_SCALES)
+
+
 @each_dtype
 def test_scaled_rows(dtype):
     hold(dropped(problem((2, 20), 48, 24, dtype=dtype)), frozen=FROZEN_SCALES)
