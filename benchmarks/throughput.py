@@ -470,7 +470,7 @@ def print_table(rows: Sequence[dict[str, Any]], title: str, console: Console) ->
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         numbers = ("-" if row[key] is None else text(row[key]) for key, (_, text) in COLUMNS.items())
-        table.add_row(row["phase"], row["impl"], row["dtype"], *numbers)
+        table.add_row(row["phase"], row["impl"], row["dtype"].replace("float", "f"), *numbers)
     console.print(table)
     console.print(
         "clips/s and speed-up by p50; speed-up over the reference in the first dtype; peak: most memory held, weights "
