@@ -31,6 +31,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
 
 from stgcma_fast import report  # noqa: E402
+from stgcma_fast.config import ADAPTER_SIZES, BACKBONES  # noqa: E402
 from stgcma_fast.ops.linear import linear  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -201,6 +202,31 @@ def progress_bar(console: Console) -> Progress:
     """Description, bar, count and time of each task."""
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console)
+
+
+def add_model(p: ArgumentParser) -> None:
+    """The options ``--arch`` and ``--adapters``."""
+    p.add_argument("--arch", choices=tuple(BACKBONES), required=True, help="backbone")
+    p.add_argument("--adapters", choices=ADAPTER_SIZES, default="base", help="size of the adapters")
+
+
+def add_device(p: ArgumentParser) -> None:
+    """The option ``--device``, which `chosen_device` reads."""
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is a device")
+
+
+def chosen_device(p: ArgumentParser, device: str) -> str:
+    """The device of ``--device``, "cpu" or "cuda"; ends the command if it is not there."""
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        p.error("--device cuda: PyTorch finds no CUDA device here")
+    return device if device != "auto" else "cuda" if there else "cpu"
+
+
+def refuse_graph(p: ArgumentParser, impls: Sequence[str], device: str, dtypes: Sequence[str]) -> None:
+    """End the command if a whole step shall be one CUDA graph where it can not."""
+    if "fast_graph" in impls and (device == "cpu" or "float16" in dtypes):
+        p.error("--impl fast_graph: a CUDA graph needs --device cuda, and a dtype without loss scaling: float32 or bfloat16")
 
 
 def add_json(p: ArgumentParser) -> None:

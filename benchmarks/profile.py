@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import DTYPES, add_json, json_file, progress_bar, save
+from harness import DTYPES, add_device, add_json, add_model, chosen_device, json_file, progress_bar, refuse_graph, save
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from matplotlib import colormaps
@@ -44,7 +44,7 @@ from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 import stgcma_fast as sf
-from stgcma_fast.config import ADAPTER_SIZES, BACKBONES, preset
+from stgcma_fast.config import preset
 
 WARMUP = {"cpu": 1, "cuda": 5}
 DIRECTIONS = ("forward", "backward", "optimizer", "unattributed")
@@ -423,8 +423,7 @@ def picture(profiles: Sequence[Profile], title: str, file: Path) -> None:
 def parser() -> ArgumentParser:
     """The command line."""
     p = ArgumentParser(prog="profile.py", description=__doc__.split("\n")[0])
-    p.add_argument("--arch", choices=tuple(BACKBONES), required=True, help="backbone")
-    p.add_argument("--adapters", choices=ADAPTER_SIZES, default="base", help="size of the adapters")
+    add_model(p)
     p.add_argument("--batch-size", type=PositiveInt, default=1, help="clips in a step")
     p.add_argument("--phase", choices=PHASES, nargs="+", default=["train"], help="forward alone, or a whole train step")
     p.add_argument(
@@ -441,7 +440,7 @@ def parser() -> ArgumentParser:
         default=None,
         help="below float32, autocast is used (default: float32 on the CPU, bfloat16 on CUDA)",
     )
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is a device")
+    add_device(p)
     p.add_argument(
         "--out", type=str, default="profile", metavar="FOLDER", help="for traces, tables and pictures; made if missing"
     )
@@ -453,14 +452,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
     p = parser()
     args = p.parse_args(argv)
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        p.error("--device cuda: PyTorch finds no CUDA device here")
+    device = chosen_device(p, args.device)
     file = json_file(p, args.json, device)
     dtypes = list(dict.fromkeys(args.dtype or ["float32" if device == "cpu" else "bfloat16"]))
     impls = list(dict.fromkeys(args.impl))
-    if "fast_graph" in impls and (device == "cpu" or "float16" in dtypes):
-        p.error("--impl fast_graph: a CUDA graph needs --device cuda, and a dtype without loss scaling: float32 or bfloat16")
+    refuse_graph(p, impls, device, dtypes)
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import DTYPES, add_json, json_file, progress_bar, quantiles, save
+from harness import (
+    DTYPES,
+    add_device,
+    add_json,
+    add_model,
+    chosen_device,
+    json_file,
+    progress_bar,
+    quantiles,
+    refuse_graph,
+    save,
+)
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from rich import box
@@ -33,7 +44,7 @@ from rich.console import Console
 from rich.table import Table
 from throughput import IMPLEMENTATIONS, PHASES, DisagreementError, Race
 
-from stgcma_fast.config import ADAPTER_SIZES, BACKBONES, ModelConfig, SwinConfig, preset
+from stgcma_fast.config import ModelConfig, SwinConfig, preset
 
 KEYS = ("arch", "adapters", "axis", "value", "dtype", "phase", "impl", "device")
 EXPONENT_KEYS = tuple(key for key in KEYS if key != "value")
@@ -335,8 +346,7 @@ def print_tables(rows: Sequence[dict[str, Any]], fits: Sequence[dict[str, Any]],
 def parser() -> ArgumentParser:
     """The command line."""
     p = ArgumentParser(prog="scaling.py", description=__doc__)
-    p.add_argument("--arch", choices=tuple(BACKBONES), required=True, help="backbone")
-    p.add_argument("--adapters", choices=ADAPTER_SIZES, default="base", help="size of the adapters")
+    add_model(p)
     p.add_argument(
         "--impl",
         choices=tuple(IMPLEMENTATIONS),
@@ -350,7 +360,7 @@ def parser() -> ArgumentParser:
         default=None,
         help="below float32, autocast is used (default: float32 on the CPU, bfloat16 on CUDA)",
     )
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is a device")
+    add_device(p)
     p.add_argument(
         "--steps", type=PositiveInt, default=None, help=f"timed steps (default: {CUDA_STEPS} on CUDA, {CPU_STEPS} on the CPU)"
     )
@@ -368,13 +378,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
     p = parser()
     args = p.parse_args(argv)
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        p.error("--device cuda: PyTorch finds no CUDA device here")
+    device = chosen_device(p, args.device)
     dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     impls = list(dict.fromkeys(args.impl))
-    if "fast_graph" in impls and (device == "cpu" or dtype == "float16"):
-        p.error("--impl fast_graph: a CUDA graph needs --device cuda, and a dtype without loss scaling: float32 or bfloat16")
+    refuse_graph(p, impls, device, [dtype])
     file = json_file(p, args.json, device)
     if file is not None:
         try:

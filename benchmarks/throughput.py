@@ -17,7 +17,21 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from harness import DTYPES, Meter, add_json, json_file, matmul_peak, progress_bar, quantiles, save, timed
+from harness import (
+    DTYPES,
+    Meter,
+    add_device,
+    add_json,
+    add_model,
+    chosen_device,
+    json_file,
+    matmul_peak,
+    progress_bar,
+    quantiles,
+    refuse_graph,
+    save,
+    timed,
+)
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from rich import box
@@ -28,7 +42,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import stgcma_fast as sf
-from stgcma_fast.config import ADAPTER_SIZES, BACKBONES, ModelConfig, Task, preset
+from stgcma_fast.config import ModelConfig, Task, preset
 from stgcma_fast.ops.fp8 import fp8_refusals
 
 # Each takes a configuration and returns the model and what to call.
@@ -482,8 +496,7 @@ def print_table(rows: Sequence[dict[str, Any]], title: str, console: Console) ->
 def parser() -> ArgumentParser:
     """The command line."""
     p = ArgumentParser(prog="throughput.py", description=__doc__)
-    p.add_argument("--arch", choices=tuple(BACKBONES), required=True, help="backbone")
-    p.add_argument("--adapters", choices=ADAPTER_SIZES, default="base", help="size of the adapters")
+    add_model(p)
     p.add_argument("--task", choices=get_args(Task), default="ave", help="task, which decides the head")
     p.add_argument("--batch-size", type=PositiveInt, default=1, help="clips in a step")
     p.add_argument("--phase", choices=PHASES, nargs="+", default=list(PHASES), help="forward alone, or a whole train step")
@@ -504,7 +517,7 @@ def parser() -> ArgumentParser:
         help="below float32, autocast is used; of several all are run, and compared with the reference in the first (default: "
         "float32 on the CPU, bfloat16 on CUDA)",
     )
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is a device")
+    add_device(p)
     p.add_argument(
         "--steps",
         type=PositiveInt | Literal["auto"],
@@ -519,9 +532,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
     p = parser()
     args = p.parse_args(argv)
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        p.error("--device cuda: PyTorch finds no CUDA device here")
+    device = chosen_device(p, args.device)
     file = json_file(p, args.json, device)
     dtypes = list(dict.fromkeys(args.dtype or ["float32" if device == "cpu" else "bfloat16"]))
     console = Console()
@@ -531,8 +542,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if device == "cpu":
             console.print("what is compiled is left out: on the CPU that takes minutes; --impl reference compiled fast adds it")
     impls = list(dict.fromkeys(impls))
-    if "fast_graph" in impls and (device == "cpu" or "float16" in dtypes):
-        p.error("--impl fast_graph: a CUDA graph needs --device cuda, and a dtype without loss scaling: float32 or bfloat16")
+    refuse_graph(p, impls, device, dtypes)
     if "fast_fp8" in impls:
         reasons = [*fp8_refusals(torch.device(device))]
         reasons += [f"it needs --dtype bfloat16, got {name}" for name in dtypes if name != "bfloat16"]
