@@ -55,6 +55,7 @@ class Sample:
         video: its frames.
         audio: an audio file, or the container whose track it is.
         target: tensors that need no reading: "label" [T, classes] for AVE; "question" [14] and "label" [] for AVQA.
+        meta: words that go with it, "type" of the question for AVQA.
         masks: files of the masks, for AVS.
         negatives: frames of other clips, one for each of the own, for AVQA.
         augmentation: draws of the visual augmentation; None: none.
@@ -65,6 +66,7 @@ class Sample:
     video: Frames
     audio: Path
     target: Mapping[str, Tensor] = field(default_factory=dict)
+    meta: Mapping[str, str] = field(default_factory=dict)
     masks: tuple[Path, ...] = ()
     negatives: tuple[Frames, ...] = ()
     augmentation: Augmentation | None = None
