@@ -23,9 +23,8 @@ def numbered_frame(number: int, width: int, height: int) -> np.ndarray:
 def frame_number(image: np.ndarray) -> int:
     """Which frame ``[H, W, 3]`` is, by the brightness of its columns. It needs about 16 pixels of width."""
     columns = np.array_split(np.asarray(image, np.float32).mean((0, 2)), BITS)
-    return sum(
-        int(column[len(column) // 4 : len(column) - len(column) // 4].mean() > 125) << bit for bit, column in enumerate(columns)
-    )
+    middles = [column[len(column) // 4 : len(column) - len(column) // 4] for column in columns]
+    return sum(int(middle.mean() > 125) << bit for bit, middle in enumerate(middles))
 
 
 def write_video(
