@@ -15,7 +15,7 @@ from .data.errors import MediaError
 COMMANDS = {"params": params, "report": report, "data": data}
 
 # Top-level packages of the extra `data`.
-DATA_PACKAGES = {"av", "torchvision", "torchaudio", "h5py", "webdataset"}
+DATA_PACKAGES = {"av", "PIL", "torchvision", "torchaudio", "h5py", "webdataset"}
 
 
 def parser() -> ArgumentParser:
