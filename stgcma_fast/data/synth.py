@@ -1,14 +1,14 @@
 """Synthetic data sets: real media files in the published layouts, which teach a task only to those who look and listen.
 
 Four shapes move over a texture, and four sounds are heard. A script, drawn from the seed and the clip's number, says which of
-them are there and when; the files of the clip and the annotations are both made of it. So clip 7 is the same file in a set of 10
-and in one of 1000.
+them are there and when; the files of the clip and the annotations are both made of it. So clip 7 is the same file in a set of
+10 and in one of 1000.
 
-ave: 10 s. An event is a shape and a sound at once; each of three shapes with each of three sounds is a category. Before and after
-it the shape may be seen in silence, or the sound heard without the shape: seconds of background.
+ave: 10 s. An event is a shape and a sound at once; each of three shapes with each of three sounds is a category. Before and
+after it the shape may be seen in silence, or the sound heard without the shape: seconds of background.
 avs: 5 s. Two or three shapes, and the sound of one of them, whose mask it is.
-avqa: 10 s. One to three shapes, and sounds that begin one after the other, each of its own loudness, some of shapes that are not
-seen; questions of all nine types.
+avqa: 10 s. One to three shapes, and sounds that begin one after the other, each of its own loudness, some of shapes that are
+not seen; questions of all nine types.
 """
 
 from __future__ import annotations
