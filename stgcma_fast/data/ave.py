@@ -66,7 +66,7 @@ class AVEDataset(MediaDataset):
         seed: int = 0,
         mixup: float = 0.5,
         mix_labels: bool = False,
-        problems: list[str] | None = None,
+        problems: list[tuple[str, str]] | None = None,
     ) -> None:
         super().__init__(root, split, config, train=train, seed=seed, problems=problems)
         if not 0 <= mixup <= 1:
@@ -119,7 +119,7 @@ class AVEDataset(MediaDataset):
             else:
                 rows.append(None)
                 self._complain(
-                    f"{path}, line {line}: got {text.strip()!r}, expected category&id&quality&start&end, times in seconds"
+                    f"{path}, line {line}", f"got {text.strip()!r}, expected category&id&quality&start&end, times in seconds"
                 )
         return rows
 
@@ -135,7 +135,7 @@ class AVEDataset(MediaDataset):
                 )
             wrong = [int(index) for index in order if not 0 <= index < len(rows)]
             if wrong:
-                self._complain(f"{path}: got the row {wrong[0]}, expected 0 to {len(rows) - 1}, the rows of {annotations}")
+                self._complain(str(path), f"got the row {wrong[0]}, expected 0 to {len(rows) - 1}, the rows of {annotations}")
             return path, [int(index) for index in order if 0 <= index < len(rows)]
         found = {row.event: index for index, row in reversed(list(enumerate(rows))) if row}
         indices = []
@@ -143,10 +143,10 @@ class AVEDataset(MediaDataset):
             if row.event in found:
                 indices.append(found[row.event])
             elif row.category not in self.classes[:-1]:
-                self._complain(f"{path}, line {row.line}: got the category {row.category!r}, expected one of {annotations}")
+                self._complain(f"{path}, line {row.line}", f"got the category {row.category!r}, expected one of {annotations}")
             else:
                 event = "&".join(map(str, row.event))
-                self._complain(f"{path}, line {row.line}: got {event} (without quality), expected a row of {annotations}")
+                self._complain(f"{path}, line {row.line}", f"got {event} (without quality), expected a row of {annotations}")
         return path, indices
 
     def _labels(self, annotations: Path, rows: list[_Row | None], indices: list[int]) -> Tensor:
@@ -158,9 +158,10 @@ class AVEDataset(MediaDataset):
             row = rows[index]
             if not row.start < row.end <= SECONDS:
                 self._complain(
-                    f"{annotations}, line {row.line}: got an event of {row.clip} from {row.start} to {row.end} s, "
+                    f"{annotations}, line {row.line}",
+                    f"got an event of {row.clip} from {row.start} to {row.end} s, "
                     f"expected its start before its end, and that within {SECONDS} s",
-                    harmless=path is not None,
+                    usable=path is not None,
                 )
         if path is None:
             seconds = np.zeros((len(indices), SECONDS, len(self.classes)), np.float32)
@@ -178,10 +179,11 @@ class AVEDataset(MediaDataset):
                     f"{list(expected)}: rows of {annotations}, seconds, its categories and background"
                 )
             seconds = seconds[indices].astype(np.float32)
-            for index in np.flatnonzero(~np.isfinite(seconds).all((1, 2))):
-                self._complain(f"{path}, row {indices[index]}: got a label that is not finite, expected 0 or 1")
-            for index in np.flatnonzero((np.isfinite(seconds).all((1, 2))) & ((seconds == 1).sum(2) != 1).any(1)):
-                self._complain(f"{path}, row {indices[index]}: got a second without exactly one class", harmless=True)
+            finite, clear = np.isfinite(seconds).all((1, 2)), ((seconds == 1).sum(2) == 1).all(1)
+            for index in np.flatnonzero(~finite):
+                self._complain(f"{path}, row {indices[index]}", "got a label that is not finite, expected 0 or 1")
+            for index in np.flatnonzero(finite & ~clear):
+                self._complain(f"{path}, row {indices[index]}", "got a second without exactly one class", usable=True)
         count = self.config.video.frames
         return torch.from_numpy(seconds)[:, [(2 * part + 1) * SECONDS // (2 * count) for part in range(count)]]
 

@@ -51,7 +51,7 @@ class AVQADataset(MediaDataset):
         *,
         train: bool = False,
         seed: int = 0,
-        problems: list[str] | None = None,
+        problems: list[tuple[str, str]] | None = None,
     ) -> None:
         super().__init__(root, split, config, train=train, seed=seed, problems=problems)
         train_path, path = (self._find(f"avqa-{name}.json", f"json/avqa-{name}.json") for name in ("train", split))
@@ -65,11 +65,11 @@ class AVQADataset(MediaDataset):
             where = f"{path}, question {item['question_id']}"
             unknown = [word for word in words if word not in word_numbers]
             if len(words) > WORDS:
-                self._complain(f"{where}: got {len(words)} words, expected {WORDS} at most: {' '.join(words)!r}")
+                self._complain(where, f"got {len(words)} words, expected {WORDS} at most: {' '.join(words)!r}")
             elif unknown:
-                self._complain(f"{where}: got the word {unknown[0]!r}, expected one of {train_path}")
+                self._complain(where, f"got the word {unknown[0]!r}, expected one of {train_path}")
             elif item["anser"] not in answer_numbers:
-                self._complain(f"{where}: got the answer {item['anser']!r}, expected one of {train_path}")
+                self._complain(where, f"got the answer {item['anser']!r}, expected one of {train_path}")
             else:
                 questions.append([word_numbers[word] for word in words] + [0] * (WORDS - len(words)))
                 labels.append(answer_numbers[item["anser"]])
@@ -81,6 +81,7 @@ class AVQADataset(MediaDataset):
         if len(self.videos) == 1:
             raise ValueError(f"{path}: got questions about one video, {self.videos[0]}, expected more: negatives are others")
         self._video_numbers = {video: number for number, video in enumerate(self.videos)}
+        self.places = (config.video.frames, PLACES)
         self.questions, self.labels = torch.tensor(questions), torch.tensor(labels)
         bases = sorted(self.root.glob("MUSIC-AVQA-videos-*"))
         self._media = MediaFiles([self.root / "frames"], [self.root / "audio_wav"], [self.root / "videos", *bases])
@@ -125,12 +126,12 @@ class AVQADataset(MediaDataset):
             missing = [name for name in _FIELDS if name not in item] if isinstance(item, dict) else _FIELDS
             if missing:
                 question = item.get("question_id") if isinstance(item, dict) else None
-                self._complain(f"{path}, entry {number} (question {question}): expected {', '.join(missing)}, got none")
+                self._complain(f"{path}, entry {number} (question {question})", f"expected {', '.join(missing)}, got none")
                 continue
             try:
                 yield item, _words(item)
             except (ValueError, SyntaxError) as error:
-                self._complain(f"{path}, question {item['question_id']}: {error}")
+                self._complain(f"{path}, question {item['question_id']}", str(error))
 
 
 def _words(item: dict[str, Any]) -> list[str]:

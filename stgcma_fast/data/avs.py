@@ -43,7 +43,7 @@ class AVSDataset(MediaDataset):
         train: bool = False,
         seed: int = 0,
         subset: Literal["s4", "ms3"] | None = None,
-        problems: list[str] | None = None,
+        problems: list[tuple[str, str]] | None = None,
     ) -> None:
         super().__init__(root, split, config, train=train, seed=seed, problems=problems)
         if subset not in ("s4", "ms3", None):
@@ -100,13 +100,13 @@ class AVSDataset(MediaDataset):
                 continue
             where = f"{table}, line {rows.line_num}"
             if len(row) != len(header):
-                self._complain(f"{where}: got {len(row)} fields, expected {len(header)} as in the first line")
+                self._complain(where, f"got {len(row)} fields, expected {len(header)} as in the first line")
                 continue
             split, name, category = (row[column].strip() for column in (header.index("split"), 0, needed - 1))
             if split not in SPLITS:
-                self._complain(f"{where}: got the split {split!r}, expected one of {', '.join(map(repr, SPLITS))}")
+                self._complain(where, f"got the split {split!r}, expected one of {', '.join(map(repr, SPLITS))}")
             elif not name or not category:
-                self._complain(f"{where}: got {row}, expected a name" + (" and a category" if needed == 3 else ""))
+                self._complain(where, f"got {row}, expected a name" + (" and a category" if needed == 3 else ""))
             elif split == self.split:
                 clips.append((f"{split}/{category}" if needed == 3 else split, name))
         return clips

@@ -107,12 +107,13 @@ class MediaDataset(ABC):
         config: what the task makes of media.
         train: whether an item gets the draws of training.
         seed: of all draws. Those of an item depend on the seed, the epoch and its index alone.
-        problems: None: an annotation that makes no sense raises ValueError. A list: it is written there instead, and what
-            it concerns is left out, so that everything that is wrong can be told at once (`check` does).
+        problems: None: an annotation that makes no sense raises ValueError. A list: where and what it is gets written there
+            instead, and what it concerns is left out, so that all that is wrong can be told at once (`check` does).
 
     Attributes:
         ids: the clip of each item.
         names: of the items; each should be there once.
+        places: in how many places of a clip frames may be asked for.
 
     Raises:
         FileNotFoundError: the root or an annotation file is not there.
@@ -130,7 +131,7 @@ class MediaDataset(ABC):
         *,
         train: bool = False,
         seed: int = 0,
-        problems: list[str] | None = None,
+        problems: list[tuple[str, str]] | None = None,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split: got {split!r}, allowed are {', '.join(map(repr, SPLITS))}")
@@ -141,7 +142,7 @@ class MediaDataset(ABC):
                 f"config: got {config.audio.chunks} chunks of audio and {config.video.frames} frames, expected as many of both"
             )
         self.root, self.split, self.config, self.train, self.seed = Path(root), split, config, train, seed
-        self._problems = problems
+        self.places, self._problems = (config.video.frames,), problems
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root}: no such folder")
 
@@ -162,28 +163,28 @@ class MediaDataset(ABC):
         return len(self.ids)
 
     def check(self, decode: bool = False) -> Report:
-        """Open every file of the split and tell what is missing or broken; see `check.check`.
+        """Open every file of the split and tell what is missing or broken; see `check.check_datasets`.
 
         Args:
-            decode: read files as training does, not their headers alone.
+            decode: decode what training may ask for, instead of reading headers.
         """
-        from .check import check
+        from .check import check_datasets
 
-        return check([self], decode=decode)
+        return check_datasets([self], decode=decode)
 
-    def _complain(self, message: str, harmless: bool = False) -> None:
-        """Refuse an annotation. One that is harmless because something else replaces it is told only to those who collect."""
+    def _complain(self, where: str, what: str, usable: bool = False) -> None:
+        """Refuse an annotation. One that is odd, but usable, only those learn of who collect problems."""
         if self._problems is not None:
-            self._problems.append(message)
-        elif not harmless:
-            raise ValueError(message)
+            self._problems.append((where, what))
+        elif not usable:
+            raise ValueError(f"{where}: {what}")
 
     def _find(self, *names: str) -> Path:
         """The first of these below the root that exists."""
         for name in names:
             if (path := self.root / name).exists():
                 return path
-        raise FileNotFoundError(f"{self.root}: got no {' and no '.join(names)}, expected it for the split {self.split!r}")
+        raise FileNotFoundError(f"{self.root}: expected {' or '.join(names)} in it, got none")
 
 
 def open_dataset(
