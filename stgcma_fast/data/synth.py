@@ -508,7 +508,7 @@ def parser() -> ArgumentParser:
         "Example: stgcma-fast data synth --task ave --out toy --clips 100"
     )
     p.add_argument("--task", type=DataTask, required=True, help="what the clips teach, and the layout")
-    p.add_argument("--out", type=str, required=True, help="folder: new, empty, or begun with the same arguments")
+    p.add_argument("--out", type=str, required=True, metavar="DIR", help="folder: new, empty, or begun with the same arguments")
     p.add_argument(
         "--clips", type=PositiveInt, required=True, help="how many, at least 5: three of five train, one val, one test"
     )
