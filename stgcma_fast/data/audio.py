@@ -1,0 +1,145 @@
+"""Waveforms: the sound of a file or of a container's track, in one pass."""
+
+from __future__ import annotations
+
+import os
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import MediaError
+from .fbank import WINDOW_MS, whole_samples
+from .video import MISSING_SECONDS, check_file
+
+PCM = 1
+# A wav that was written into a pipe says that it has this much, or up to four GiB: nobody knew.
+UNKNOWN_BYTES = 0x7FFFF000
+
+
+def read_audio(path: str | os.PathLike[str], sample_rate: int = 16000) -> Tensor:
+    """The best audio track of a file, whatever its name ends in.
+
+    Its channels are averaged, then it is resampled. Whole numbers are divided by the largest, 32768 for those of 16 bits;
+    decoders of lossy formats and files of floating point numbers may go beyond [-1, 1].
+
+    A file that was cut off is found out where something says what is missing: the header of a wav or flac, the index of an
+    mp4, the duration of a Matroska or WebM file (by a second). An mp3 or ogg just ends earlier.
+
+    Args:
+        path: an audio file or a container.
+        sample_rate: in Hz.
+
+    Returns:
+        float32 ``[N]``, finite, of at least one frame of a filterbank (25 ms).
+
+    Raises:
+        MediaError: the file is not there or can not be read, has no audio track, is cut off or damaged, changes its format on
+            the way, holds something that is not a finite number, or is too short; the text says which.
+    """
+    check_file(path)
+    try:
+        samples, rate = _read_wav(path) or _decode(path)
+        mono = _mono(samples)
+        if not bool(mono.isfinite().all()):
+            first = int(mono.isfinite().int().argmin())
+            raise MediaError(path, f"its sample {first} of {len(mono)} is {mono[first]}, expected finite numbers")
+        if rate != sample_rate:
+            mono = _resampled(mono, rate, sample_rate)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise MediaError(path, f"it can not be read: {getattr(error, 'strerror', None) or error}") from error
+    least = whole_samples(WINDOW_MS, sample_rate)
+    if len(mono) < least:
+        raise MediaError(path, f"it has {len(mono)} samples at {sample_rate} Hz, expected at least {least} ({WINDOW_MS:g} ms)")
+    return mono
+
+
+def _read_wav(path: str | os.PathLike[str]) -> tuple[np.ndarray, int] | None:
+    """``[C, N]`` and the rate of a wav of 16 bits, which needs no decoder: most data sets have such. None: a file for FFmpeg.
+
+    FFmpeg takes the end of any wav for its proper end, so whether it is cut off is found out here.
+    """
+    with open(path, "rb") as file:
+        head = file.read(12)
+        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+            return None
+        form, start = b"", 0
+        while len(head := file.read(8)) == 8:
+            name, size, start = head[:4], int.from_bytes(head[4:], "little"), file.tell()
+            if name == b"data":
+                break
+            if name == b"fmt ":
+                form = file.read(16)
+            file.seek(start + size + size % 2)
+        else:
+            raise MediaError(path, "it is cut off: a wav that ends before its samples")
+        there = os.fstat(file.fileno()).st_size - start
+        if there < size < UNKNOWN_BYTES:
+            raise MediaError(path, f"it is cut off: it has {there} of the {size} bytes that its header says")
+        tag, channels, rate, bits = (int.from_bytes(form[a:b], "little") for a, b in ((0, 2), (2, 4), (4, 8), (14, 16)))
+        if (tag, bits) != (PCM, 16) or not channels or not rate or not 0 < size <= there:
+            return None
+        samples = np.fromfile(file, "<i2", size // (2 * channels) * channels)
+    return samples.reshape(-1, channels).T, rate
+
+
+def _decode(path: str | os.PathLike[str]) -> tuple[np.ndarray, int]:
+    """``[C, N]`` in the numbers of the decoder, and their rate."""
+    # An absolute path can not be taken for a protocol, as "clip:1.wav" can.
+    with av.open(os.path.abspath(path), metadata_errors="replace") as container:
+        stream = container.streams.best("audio")
+        if stream is None:
+            kinds = ", ".join(sorted({other.type for other in container.streams})) or "nothing"
+            raise MediaError(path, f"it has no audio track, only {kinds}")
+        if stream.codec_context is None:
+            raise MediaError(path, "there is no decoder for its audio track")
+        # Where the data ends, an mp4's index and a flac's header say. Matroska has one duration for all its tracks.
+        form, index, promised = container.format.name, stream.index_entries, 0.0
+        matroska = "matroska" in form
+        if "mov" in form and index and index[-1].pos + index[-1].size > container.size:
+            raise MediaError(path, f"it is cut off: it has {container.size} bytes, but its index says more")
+        if matroska and container.duration:
+            promised = container.duration / av.time_base - MISSING_SECONDS
+        elif form == "flac" and stream.duration:
+            promised = float(stream.duration * stream.time_base)
+        blocks, kinds, end = [], set(), 0.0
+        for packet in container.demux(*(() if matroska else (stream,))):
+            if packet.pts is not None:
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if packet.stream_index != stream.index:
+                continue
+            try:
+                frames = packet.decode()
+            except av.FFmpegError as error:
+                raise MediaError(path, f"its audio is damaged near {end:.2f} s: {error.strerror}") from error
+            blocks += [frame.to_ndarray() for frame in frames]
+            kinds |= {(frame.sample_rate, frame.layout.name, frame.format.name) for frame in frames}
+        if end < promised:
+            raise MediaError(path, f"it is cut off: its data ends after {end:.2f} s")
+    if not blocks:
+        raise MediaError(path, "its audio track has no samples")
+    if len(kinds) > 1:
+        raise MediaError(path, f"its audio changes on the way, between {' and '.join(map(str, sorted(kinds)))}")
+    (rate, layout, numbers), samples = kinds.pop(), np.concatenate(blocks, axis=1)
+    if av.AudioFormat(numbers).is_packed:
+        samples = samples.reshape(-1, av.AudioLayout(layout).nb_channels).T
+    return samples, rate
+
+
+def _mono(samples: np.ndarray) -> Tensor:
+    """The mean of channels ``[C, N]`` in float32; whole numbers become fractions of the largest."""
+    channels = torch.from_numpy(samples.astype(np.float32))
+    if samples.dtype.kind != "f":
+        limits = np.iinfo(samples.dtype)
+        half = (limits.max - limits.min + 1) // 2
+        channels = channels.sub_(limits.min + half).div_(half)
+    return channels.mean(0)
+
+
+def _resampled(mono: Tensor, rate: int, sample_rate: int) -> Tensor:
+    frame = av.AudioFrame.from_ndarray(mono.numpy()[None], format="fltp", layout="mono")
+    frame.sample_rate = rate
+    resampler = av.AudioResampler(format="fltp", layout="mono", rate=sample_rate)
+    blocks = [block.to_ndarray() for block in (*resampler.resample(frame), *resampler.resample(None))]
+    return torch.from_numpy(np.concatenate(blocks, axis=1)[0])
