@@ -1,0 +1,153 @@
+"""One item on the CPU: its files read, decoded by PyAV, and made to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from .audio import read_audio
+from .augment import frames_to_tensor
+from .config import MediaConfig, VideoConfig
+from .errors import MediaError
+from .fbank import filterbanks
+from .sample import Frames, Sample
+from .video import check_file, read_frames
+
+# Of a mask in shades of grey: the sound's source is brighter.
+GREY = 127
+
+
+class Media(Protocol):
+    """Where the media that a sample names are read from."""
+
+    def frames(self, frames: Frames) -> Tensor:
+        """uint8 ``[M, H, W, 3]``; see `read_frames`."""
+        ...
+
+    def waveform(self, path: Path, sample_rate: int) -> Tensor:
+        """float32 ``[N]``; see `read_audio`."""
+        ...
+
+    def mask(self, path: Path) -> Tensor:
+        """bool ``[H, W]``; see `read_mask`."""
+        ...
+
+
+class Files:
+    """Media in the files of their names."""
+
+    def frames(self, frames: Frames) -> Tensor:
+        return read_frames(frames)
+
+    def waveform(self, path: Path, sample_rate: int) -> Tensor:
+        return read_audio(path, sample_rate)
+
+    def mask(self, path: Path) -> Tensor:
+        return read_mask(path)
+
+
+FILES = Files()
+
+
+def read_sample(sample: Sample, config: MediaConfig, media: Media = FILES) -> dict[str, Tensor]:
+    """Everything of an item that is a tensor.
+
+    Args:
+        sample: what is to be read and done.
+        config: sizes, layout and normalisation.
+        media: where it is read from.
+
+    Returns:
+        "audio" float32 ``[T, frames, bins]``; "video" float32 ``[3, T, S, S]`` (ave) or ``[T, 3, S, S]`` (avs, avqa); "mask"
+        float32 ``[1 or T, 1, S, S]`` of zeros and ones where the sample has masks; "negative" float32 ``[T, 3, S, S]`` where
+        it has negatives; and the sample's targets.
+
+    Raises:
+        MediaError: a file is broken or does not fit the others.
+    """
+    frames = media.frames(sample.video)
+    waveform, mix = read_waveforms(sample, config, media)
+    item = {
+        "video": frames_to_tensor(frames, config.video, sample.augmentation),
+        "audio": filterbanks([waveform], config.audio, [mix])[0],
+        **sample.target,
+    }
+    if sample.masks:
+        height, width = frames.shape[1:3]
+        item["mask"] = read_masks(sample, config.video, (height, width), media)
+    if sample.negatives:
+        item["negative"] = torch.cat([frames_to_tensor(media.frames(other), config.video) for other in sample.negatives])
+    return item
+
+
+def read_waveforms(
+    sample: Sample, config: MediaConfig, media: Media = FILES
+) -> tuple[Tensor, tuple[Tensor, Sequence[float]] | None]:
+    """A sample's waveform ``[N]`` and what is mixed into it, as `filterbanks` takes them.
+
+    Raises:
+        MediaError: a file is broken.
+    """
+    rate, mix = config.audio.sample_rate, sample.mix
+    return media.waveform(sample.audio, rate), mix and (media.waveform(mix.audio, rate), mix.lams)
+
+
+def read_masks(sample: Sample, config: VideoConfig, size: tuple[int, int], media: Media = FILES) -> Tensor:
+    """A sample's masks, cut like its frames.
+
+    Args:
+        size: height and width of the frames.
+
+    Returns:
+        float32 ``[1 or T, 1, S, S]`` of zeros and ones.
+
+    Raises:
+        MediaError: a file is broken or not of the frames' size, or there are neither one nor T of them.
+    """
+    if len(sample.masks) not in (1, config.frames):
+        raise MediaError(sample.masks[0].parent, f"got {len(sample.masks)} masks of {sample.id}, expected 1 or {config.frames}")
+    masks = []
+    for path in sample.masks:
+        mask = media.mask(path)
+        if tuple(mask.shape) != tuple(size):
+            (height, width), (frame_height, frame_width) = mask.shape, size
+            raise MediaError(path, f"the mask is {width}x{height}, but its frames are {frame_width}x{frame_height}")
+        masks.append(mask)
+    # As `frames_to_tensor` does it without an augmentation, but each pixel is that of the nearest.
+    cut, short = torch.stack(masks).to(torch.uint8), min(size)
+    target = [config.size * side // short for side in size] if config.resize == "crop" else [config.size, config.size]
+    cut = F.center_crop(F.resize(cut, target, InterpolationMode.NEAREST_EXACT), [config.size, config.size])
+    return cut.unsqueeze(1).float()
+
+
+def read_mask(path: Path) -> Tensor:
+    """A mask from an image: of shades of grey what is brighter than 127 of 255, of colours everything but black.
+
+    Returns:
+        bool ``[H, W]``.
+
+    Raises:
+        MediaError: the file is not there or not an image.
+    """
+    check_file(path)
+    try:
+        with Image.open(path) as image:
+            if image.mode in ("1", "L", "LA"):
+                mask = np.asarray(image.convert("L")) > GREY
+            elif image.mode[0] in "IF":
+                raise MediaError(path, f"its pixels have more than 8 bits (mode {image.mode})")
+            else:
+                mask = np.asarray(image.convert("RGB")).any(2)
+    except UnidentifiedImageError as error:
+        raise MediaError(path, "it is not an image") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise MediaError(path, f"it can not be read as an image: {error}") from error
+    return torch.from_numpy(mask)
