@@ -9,7 +9,7 @@ from .config import ClipConfig, ModelConfig, SwinConfig, preset
 if TYPE_CHECKING:
     from .checkpoint import load_adapters, load_checkpoint, save_adapters
     from .model import FastSTGCMA
-    from .pretrained import load_pretrained
+    from .pretrained import load_grounding, load_pretrained
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "annotate",
     "load_adapters",
     "load_checkpoint",
+    "load_grounding",
     "load_pretrained",
     "ops",
     "preset",
@@ -32,6 +33,7 @@ _HOMES = {
     "FastSTGCMA": "model",
     "load_adapters": "checkpoint",
     "load_checkpoint": "checkpoint",
+    "load_grounding": "pretrained",
     "load_pretrained": "pretrained",
     "save_adapters": "checkpoint",
 }

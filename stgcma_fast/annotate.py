@@ -21,9 +21,9 @@ def annotate(model: ReferenceSTGCMA) -> Iterator[None]:
     """While open, the model runs inside named ranges: of `torch.profiler`, and of NVTX where CUDA is in use.
 
     Names are paths, counted from 1: "embed"; "stage 3", "stage 3/block 5", "stage 3/block 5/temporal", "spatial" and "global"
-    likewise; "stage 3/merge"; "head". In a step "attention", "adapter" and, in the adapter, "cross-modal" are ranges of their
-    own. A backward has no ranges but where it computes a part of the forward again; `torch.profiler` ties its nodes to the
-    forward's operators by thread and sequence number.
+    likewise, and "stage 3/block 5/negative" for AVQA's negative frames; "stage 3/merge"; "head". In a step "attention",
+    "adapter" and, in the adapter, "cross-modal" are ranges of their own. A backward has no ranges but where it computes a part
+    of the forward again; `torch.profiler` ties its nodes to the forward's operators by thread and sequence number.
 
     Outside, nothing is left of it: functions and methods of the package are replaced on entry and put back on exit. Hence it
     is not thread-safe, and a whole step, forward and backward, belongs inside.
@@ -73,6 +73,8 @@ class _Ranges:
             (blocks, "_forward", 0),
         ):
             yield owner, name, lambda original, position=position: self._block(original, position)
+        for owner, name, position in ((Block, "frozen", 0), (swin, "run_frozen_block", 1)):
+            yield owner, name, lambda original, position=position: self._block(original, position, "negative")
         yield blocks, "stream", self._stream
         for owner in (Block, blocks):
             yield owner, "adapt", lambda original: self._step(original, _adapted_step)
@@ -137,7 +139,7 @@ class _Ranges:
 
         return forward
 
-    def _block(self, original: Callable, position: int) -> Callable:
+    def _block(self, original: Callable, position: int, part: str | None = None) -> Callable:
         def run(*args: Any, **kwargs: Any) -> Any:
             block = args[position]
             if block not in self.paths:
@@ -147,9 +149,9 @@ class _Ranges:
             # Without a section the model's forward is not what runs: a backward computes the block again.
             if self.current not in (None, stage, path):
                 self._enter_section(stage)
-            with self.at(path):
+            with self.at(path), self.at(f"{path}/{part}") if part else nullcontext():
                 out = original(*args, **kwargs)
-            if block is self.last and self.current == stage:
+            if part is None and block is self.last and self.current == stage:
                 self._enter_section("head")
             return out
 

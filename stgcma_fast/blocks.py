@@ -234,14 +234,31 @@ def adapt(
     return {"visual": visual, "audio": audio}
 
 
+def _layers_of(frozen_layers: Callable[[Block, Impl], FrozenLayers], block: Block, runner: Runner) -> FrozenLayers:
+    layers = frozen_layers(block, runner.impl)
+    return layers._replace(quantized=block.quantized) if runner.precision == "fp8-frozen" else layers
+
+
+def run_frozen_block(
+    frozen_layers: Callable[[Block, Impl], FrozenLayers], block: Block, streams: Streams, runner: Runner
+) -> Streams:
+    """The transformer's own block alone, streams ``[B, T, S, D]`` to the same. Nothing is kept where nothing is trained."""
+    layers = _layers_of(frozen_layers, block, runner)
+    shapes = {m: x.shape for m, x in streams.items()}
+    streams = {m: x.flatten(0, 1) for m, x in streams.items()}
+    for step in (spatial_step, global_step):
+        medial, streams = step(layers, streams, runner)
+        for m, x in streams.items():
+            mask = _drop_mask(block, x, (len(x), 1, 1))
+            streams[m] = x + (medial[m] if mask is None else medial[m] * mask)
+    return {m: x.view(shapes[m]) for m, x in streams.items()}
+
+
 def run_block(frozen_layers: Callable[[Block, Impl], FrozenLayers], block: Block, streams: Streams, runner: Runner) -> Streams:
     """One block, streams ``[B, T, S, D]`` keyed by modality to the same. ``frozen_layers`` is the backbone's."""
 
     def forward(streams: Streams) -> Streams:
-        layers = frozen_layers(block, runner.impl)
-        if runner.precision == "fp8-frozen":
-            layers = layers._replace(quantized=block.quantized)
-        return _forward(block, layers, streams, runner)
+        return _forward(block, _layers_of(frozen_layers, block, runner), streams, runner)
 
     if runner.checkpointing and torch.is_grad_enabled():
         return checkpoint(forward, streams, use_reentrant=False)

@@ -73,6 +73,7 @@ def checked_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[st
         key
         for key, buffer in buffers.items()
         if key in state
+        and not is_trainable(key)
         and (state[key].shape != buffer.shape or not (buffer.is_meta or torch.equal(state[key].to(buffer), buffer)))
     ]
     if other:

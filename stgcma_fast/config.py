@@ -7,9 +7,13 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-Task = Literal["ave"]
+Task = Literal["ave", "avs", "avqa"]
+Head = Literal["lavish512", "shipped512_128", "dgsct1536"]
 Fusion = Literal["both", "a2v", "v2a", "none"]
 Modality = Literal["visual", "audio"]
+# Frames and classes of each task as published; AVS tells one class, what sounds, from the rest.
+_FRAMES: dict[Task, int] = {"ave": 10, "avs": 5, "avqa": 10}
+_CLASSES: dict[Task, int] = {"ave": 29, "avs": 1, "avqa": 42}
 
 
 def _allowed(name: str, got: object, allowed: tuple) -> None:
@@ -139,9 +143,9 @@ class ModelConfig:
     Args:
         backbone: `SwinConfig` or `ClipConfig`.
         adapter_ratio: bottleneck width over channels; one number, or one per Swin stage. The width is ``floor(C * ratio)``.
-        num_frames: video frames, and audio chunks, of a clip (T).
-        task: "ave" (event localization).
-        num_classes: classes of the AVE head.
+        num_frames: video frames, and audio chunks, of a clip (T); None: 5 for AVS, else 10.
+        task: "ave" (event localization), or, with a Swin, "avs" (segmentation of what sounds) or "avqa" (question answering).
+        num_classes: event classes of AVE, answers of AVQA; None: 29 and 42. AVS has one class.
         fusion: which way the two streams exchange in the AV-adapters (Table 5): "both"; "a2v", only vision listens;
             "v2a", only audio listens; "none". A model of one stream has "none".
         modalities: streams the model has. One stream gives the published unimodal models.
@@ -149,7 +153,12 @@ class ModelConfig:
         use_temporal, use_spatial, use_global: which adapters a block has (Table 7).
         temporal_without_adapter: with ``use_temporal=False``, keep the frozen temporal attention and its residual. This is
             the ablation as published; without it the temporal step is absent.
-        drop_path: largest rate of stochastic depth on the temporal residual, rising linearly from 0 over the blocks.
+        drop_path: largest rate of stochastic depth on the temporal residual, rising linearly from 0 over the blocks. AVQA's
+            negative frames, which pass the frozen transformer alone, have it on both of that one's residuals.
+        head: of AVQA, None for other tasks: "dgsct1536" works on the backbone's channels (STG-CMA-L, the default); "lavish512"
+            on 512, which gives the paper's count of STG-CMA-B; "shipped512_128" is that model as its code was published, with
+            audio squeezed to 128 first.
+        vocabulary: words that AVQA's questions are made of.
 
     Raises:
         ValueError: a value or a combination that no model has; the text says what was got and what is allowed.
@@ -157,9 +166,9 @@ class ModelConfig:
 
     backbone: SwinConfig | ClipConfig
     adapter_ratio: float | tuple[float, ...] = 0.25
-    num_frames: int = 10
+    num_frames: int | None = None
     task: Task = "ave"
-    num_classes: int = 29
+    num_classes: int | None = None
     fusion: Fusion = "both"
     modalities: tuple[Modality, ...] = ("visual", "audio")
     adapt: tuple[Modality, ...] | None = None
@@ -168,18 +177,24 @@ class ModelConfig:
     use_global: bool = True
     temporal_without_adapter: bool = False
     drop_path: float = 0.2
+    head: Head | None = None
+    vocabulary: int = 93
 
     def __post_init__(self) -> None:
         if not isinstance(self.backbone, SwinConfig | ClipConfig):
             raise ValueError(f"backbone: got {self.backbone!r}, expected a SwinConfig or a ClipConfig")
-        _positive("num_frames", self.num_frames)
-        _positive("num_classes", self.num_classes)
         _allowed("task", self.task, get_args(Task))
+        for name, published in (("num_frames", _FRAMES), ("num_classes", _CLASSES)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, published[self.task])
+            _positive(name, getattr(self, name))
+        _positive("vocabulary", self.vocabulary)
         _allowed("fusion", self.fusion, get_args(Fusion))
         object.__setattr__(self, "modalities", _subset("modalities", self.modalities))
         object.__setattr__(self, "adapt", self.modalities if self.adapt is None else _subset("adapt", self.adapt))
         if not set(self.adapt) <= set(self.modalities):
             raise ValueError(f"adapt: got {self.adapt}, expected a subset of modalities {self.modalities}")
+        self._check_task()
         if len(self.modalities) == 1 and self.fusion == "both":
             object.__setattr__(self, "fusion", "none")
         if len(self.adapt) == 1 and self.fusion != "none":
@@ -204,6 +219,25 @@ class ModelConfig:
         for stage in range(getattr(self.backbone, "stages", 1)):
             if self.adapter_width(stage) < 1:
                 raise ValueError(f"adapter_ratio: got {self.adapter_ratio!r}, which leaves stage {stage} no adapter channel")
+
+    def _check_task(self) -> None:
+        if self.task == "avqa":
+            object.__setattr__(self, "head", "dgsct1536" if self.head is None else self.head)
+            _allowed("head", self.head, get_args(Head))
+        elif self.head is not None:
+            raise ValueError(f"head: got {self.head!r} with task {self.task!r}, allowed is None: AVQA's heads alone have names")
+        if self.task == "ave":
+            return
+        if not isinstance(self.backbone, SwinConfig):
+            raise ValueError(f"task: got {self.task!r} with a CLIP backbone, which is defined for 'ave' alone")
+        if len(self.modalities) == 1:
+            raise ValueError(f"modalities: got {self.modalities} with task {self.task!r}, which needs both streams")
+        if self.task == "avs" and self.num_classes != 1:
+            raise ValueError(f"num_classes: got {self.num_classes} with task 'avs', which has one class: what sounds")
+        if self.task == "avs" and self.backbone.stages > 4:
+            raise ValueError(f"task: got 'avs' with a Swin of {self.backbone.stages} stages, expected at most 4")
+        if self.head == "dgsct1536" and self.backbone.width(self.backbone.stages - 1) % 4:
+            raise ValueError("head: got 'dgsct1536', whose 4 attention heads need channels of the last stage divisible by 4")
 
     def adapter_width(self, stage: int = 0) -> int:
         """Bottleneck width r of the adapters of a Swin stage (CLIP: stage 0)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +14,7 @@ from .backbones import clip, swin
 from .blocks import FP8_LAYERS, Precision, Runner
 from .checkpoint import checked_state, load_checkpoint
 from .config import ModelConfig, preset
+from .heads.avs import segment
 from .ops.checks import check_choice
 from .ops.dispatch import Impl, check_impl
 from .ops.fp8 import quantize_weight, size_refusals
@@ -84,11 +85,20 @@ class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fas
         self.register_load_state_dict_post_hook(_quantize_loaded)
 
     def features(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the head reads, ``[B * T, D]`` a stream, from images ``[B, T, c, height, width]``."""
-        self._check_dtypes(images)
-        if self.runner.impl == "reference":
+        """What AVE's head reads, ``[B * T, D]`` a stream, from images ``[B, T, c, height, width]``."""
+        if self.is_swin or self.runner.impl == "reference":
             return super().features(images)
-        return (swin if self.is_swin else clip).features(self, images, self.runner)
+        self._check_dtypes(images)
+        return clip.features(self, images, self.runner)
+
+    def tokens(self, images: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """What the other heads read: see `reference.model.swin_tokens`."""
+        self._check_dtypes(images)
+        return super().tokens(images) if self.runner.impl == "reference" else swin.tokens(self, images, self.runner)
+
+    def segment(self, visual: Sequence[Tensor], audio: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """AVS from tokens: see `reference.avs.avs_head`."""
+        return super().segment(visual, audio) if self.runner.impl == "reference" else segment(self, visual, audio)
 
     def _frozen_products(self) -> Iterator[nn.Parameter]:
         """Weights and biases of the frozen linear and convolution layers."""
@@ -100,10 +110,11 @@ class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fas
 
     def _check_dtypes(self, images: dict[str, Tensor]) -> None:
         frozen = (self.patch_embed.proj if self.is_swin else self.conv1).weight
+        head = {"ave": "mlp_head", "avs": "avstask_audio_linear", "avqa": "avqatask_fc_ans"}[self.config.task]
         if torch.is_autocast_enabled(frozen.device.type):
             return
         for name, dtype in {
-            "the trained layers": self.mlp_head[-1].weight.dtype,
+            "the trained layers": next(getattr(self, head).parameters()).dtype,
             **{m: x.dtype for m, x in images.items()},
         }.items():
             if dtype != frozen.dtype:
@@ -154,13 +165,16 @@ class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fas
         return [parameter for name, parameter in self.named_parameters() if is_trainable(name)]
 
     def parameter_groups(self, lr: float, head_lr: float = 0.1) -> list[dict[str, Any]]:
-        """The published optimizer groups, for any torch optimizer.
+        """The published optimizer groups, for any torch optimizer: adapters and head for AVE, one for AVS and AVQA.
 
         Args:
-            lr: learning rate of everything trained but the head.
-            head_lr: the head's learning rate as a fraction of ``lr``; the published option of this name.
+            lr: learning rate of everything trained but AVE's head.
+            head_lr: that head's learning rate as a fraction of ``lr``; the published option of this name, which the other
+                tasks ignore, as published.
         """
         named = [(name, parameter) for name, parameter in self.named_parameters() if is_trainable(name)]
+        if self.config.task != "ave":
+            return [{"name": "adapters and head", "lr": lr, "params": [p for _, p in named]}]
         return [
             {"name": "adapters", "lr": lr, "params": [p for name, p in named if not name.startswith("mlp_head.")]},
             {"name": "head", "lr": lr * head_lr, "params": [p for name, p in named if name.startswith("mlp_head.")]},

@@ -1,4 +1,4 @@
-"""Weights of the frozen backbones, from the files that CLIP and Swin are published in."""
+"""Weights of the frozen backbones, from the files that CLIP and Swin are published in, and of AVQA's grounding."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .checkpoint import checked_state, named, read_state_dict
 from .config import ClipConfig, SwinConfig
+from .reference.avqa import GROUNDING
 from .reference.model import is_trainable
 
 _HUB = "hf://"
@@ -28,11 +29,11 @@ _HEAD_DIM = 64  # of every CLIP vision transformer
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_pretrained` did.
+    """What `load_pretrained` or `load_grounding` did.
 
     Attributes:
         source: the file or hub id, and its format.
-        loaded: keys of the model that were filled, those derived for audio included.
+        loaded: keys of the model that were filled, those derived for audio included. All others are unchanged.
         missing: backbone keys of the model that the file lacks. All of them are buffers, which the model computes itself.
         ignored: keys of the file that the model has no use for: classifiers, projections, text towers.
         notes: what deserves attention.
@@ -45,7 +46,7 @@ class LoadReport:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.source}: {len(self.loaded)} tensors loaded; adapters, gates, temporal tables and head are unchanged"]
+        lines = [f"{self.source}: {len(self.loaded)} tensors loaded, all others of the model are unchanged"]
         if self.missing:
             lines.append(named(f"{len(self.missing)} missing, computed by the model", self.missing))
         if self.ignored:
@@ -315,3 +316,38 @@ def load_pretrained(model: nn.Module, source: str | Path) -> LoadReport:
         ignored=tuple(key for key in tensors if key not in names),
         notes=tuple(notes),
     )
+
+
+def load_grounding(model: nn.Module, source: str | Path) -> LoadReport:
+    """Fill AVQA's grounding and match layers from a file of the match task's pretraining, from which training starts.
+
+    Nothing is changed where an error is raised. Code in a file is never run.
+
+    Args:
+        model: a `FastSTGCMA` or `ReferenceSTGCMA` for AVQA.
+        source: the file, or ``hf://owner/name/file``; layers ``fc_a1``, ``fc_a2``, ``fc_gl`` and ``fc1`` to ``fc4``, keys with
+            or without ``module.``. Those that the model's head lacks are ignored.
+
+    Returns:
+        A report of what was loaded and ignored; print it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a model of another task; a damaged file; or missing or misshapen layers, or weights that are not finite,
+            all named.
+    """
+    if model.config.task != "avqa":
+        raise ValueError(f"model: got one for task {model.config.task!r}, expected one for 'avqa'")
+    tensors = read_state_dict(_locate(source))
+    names = {key: f"avqatask_{key.removeprefix('module.')}" for key in tensors}
+    layers = [f"avqatask_{name}" for name in GROUNDING]
+    own = {key: value for key, value in model.state_dict().items() if key.partition(".")[0] in layers}
+    state = {name: _widen(tensors[key]) for key, name in names.items() if name in own}
+    try:
+        _check(state, own, (), model.config.backbone)
+        state = checked_state(model, state)
+    except ValueError as error:
+        raise ValueError(f"{source} does not fit the model: {error}") from error
+    nn.Module.load_state_dict(model, state, strict=False)
+    ignored = tuple(key for key, name in names.items() if name not in own)
+    return LoadReport(f"{source} (grounding)", tuple(state), (), ignored, ())

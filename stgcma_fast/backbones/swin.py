@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import ops
-from ..blocks import FrozenLayers, Runner, Streams, run_block
+from ..blocks import FrozenLayers, Runner, Streams, run_block, run_frozen_block
 from ..ops.dispatch import Impl
 from ..ops.layer_norm import packed_layer_norm
 from ..ops.linear import linear
-from ..reference.model import PatchMerging, SwinBlock
+from ..reference.model import PatchMerging, SwinBlock, swin_embeddings
 
 
 def frozen_layers(block: SwinBlock, impl: Impl) -> FrozenLayers:
@@ -51,15 +51,21 @@ def _merge(layer: PatchMerging, x: Tensor, side: int, impl: Impl) -> Tensor:
     return rows.view(*x.shape[:2], -1, rows.shape[-1])
 
 
-def features(model: nn.Module, images: Streams, runner: Runner) -> Streams:
-    """One feature ``[B * T, C]`` a stream from images ``[B, T, c, height, width]``: the mean of the normalized tokens."""
-    embeds = {"visual": model.patch_embed, "audio": model.patch_embed_audio}
-    streams = {m: embeds[m](x.transpose(1, 2)) for m, x in images.items()}
+def tokens(model: nn.Module, images: Streams, runner: Runner) -> tuple[Streams, list[Tensor]]:
+    """What the heads read, from images ``[B, T, c, height, width]`` a stream: see `reference.model.swin_tokens`."""
+    config = model.config
+    streams, earlier = swin_embeddings(model, images), []
     for stage, layer in enumerate(model.layers):
         for block in layer.blocks:
-            streams = run_block(frozen_layers, block, streams, runner)
+            frozen = {m: x for m, x in streams.items() if m not in config.modalities}
+            if frozen:
+                frozen = run_frozen_block(frozen_layers, block, frozen, runner)
+            adapted = {m: x for m, x in streams.items() if m in config.modalities}
+            streams = run_block(frozen_layers, block, adapted, runner) | frozen
         if layer.downsample is not None:
-            side = model.config.backbone.resolution(stage)
+            if config.task == "avs":
+                earlier.append(streams["visual"])
+            side = config.backbone.resolution(stage)
             streams = {m: _merge(layer.downsample, x, side, runner.impl) for m, x in streams.items()}
     norm = model.norm
-    return {m: ops.layer_norm(x, norm.weight, norm.bias, impl=runner.impl).mean(2).flatten(0, 1) for m, x in streams.items()}
+    return {m: ops.layer_norm(x, norm.weight, norm.bias, impl=runner.impl) for m, x in streams.items()}, earlier

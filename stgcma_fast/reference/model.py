@@ -7,6 +7,7 @@ N tokens of a frame, C channels. Section and equation numbers refer to the STG-C
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from .adapter import AdapterParams, adapter
 from .av_adapter import av_adapter
+from .avqa import avqa_head, build_avqa
+from .avs import avs_head, build_avs
 from .gelu import gelu
 from .inputs import check_inputs
 from .layer_norm import layer_norm
@@ -26,11 +29,14 @@ from .windows import WindowGrid, shift_mask
 if TYPE_CHECKING:
     from ..config import ClipConfig, ModelConfig, SwinConfig
 
-TRAINABLE = ("adapter", "Adapter", "temporal_embedding", "ln_post", "gate_", "temporal_position_bias_table", "mlp_head.")
+TRAINABLE = (
+    *("adapter", "Adapter", "temporal_embedding", "ln_post", "gate_", "temporal_position_bias_table"),
+    *("mlp_head.", "avstask_", "avqatask_"),
+)
 
 
 def is_trainable(name: str) -> bool:
-    """Whether the paper trains the parameter of this name."""
+    """Whether the paper trains the parameter of this name; of a buffer, whether training changes it."""
     return any(part in name for part in TRAINABLE)
 
 
@@ -136,6 +142,12 @@ class Block(nn.Module):
         medial = {m: self.mhsa(x) for m, x in streams.items()}
         streams = self.adapt(self.SPATIAL, streams, medial, self.config.use_spatial, self.spatial_window)
         return self.global_step(streams)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """The transformer's own block alone, on ``[B, T, N, C]``; stochastic depth drops whole frames, on both residuals."""
+        shape = (*x.shape[:2], 1, 1)
+        x = x + drop_path(self.mhsa(x), self.drop_rate, self.training, shape)
+        return x + drop_path(self.ffn(x), self.drop_rate, self.training, shape)
 
 
 class Head(nn.Sequential):
@@ -387,16 +399,33 @@ def build_swin(model: nn.Module, config: ModelConfig) -> int:
     return dim
 
 
-def swin_features(model: nn.Module, images: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One feature ``[F, C]`` a stream: the mean of the normalized tokens."""
-    patch_embeds = {"visual": model.patch_embed, "audio": model.patch_embed_audio}
-    streams = {m: patch_embeds[m](x.transpose(1, 2)) for m, x in images.items()}
+def swin_embeddings(model: nn.Module, images: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tokens ``[B, T, N, C]`` of every stream."""
+    embeds = {"visual": model.patch_embed, "negative": model.patch_embed, "audio": model.patch_embed_audio}
+    return {m: embeds[m](x.transpose(1, 2)) for m, x in images.items()}
+
+
+def swin_tokens(model: nn.Module, images: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """What the heads read.
+
+    Args:
+        images: ``[B, T, c, height, width]`` a stream. A stream "negative" passes the frozen transformer alone.
+
+    Returns:
+        Normalized tokens ``[B, T, N, C]`` of every stream; for AVS, those of vision at the end of each earlier stage, which are
+        not normalized, else nothing.
+    """
+    config = model.config
+    streams, earlier = swin_embeddings(model, images), []
     for stage, layer in enumerate(model.layers):
         for block in layer.blocks:
-            streams = block(streams)
+            frozen = {m: block.frozen(x) for m, x in streams.items() if m not in config.modalities}
+            streams = block({m: x for m, x in streams.items() if m in config.modalities}) | frozen
         if layer.downsample is not None:
-            streams = {m: layer.downsample(x, model.config.backbone.resolution(stage)) for m, x in streams.items()}
-    return {m: model.norm(x).mean(2).flatten(0, 1) for m, x in streams.items()}
+            if config.task == "avs":
+                earlier.append(streams["visual"])
+            streams = {m: layer.downsample(x, config.backbone.resolution(stage)) for m, x in streams.items()}
+    return {m: model.norm(x) for m, x in streams.items()}, earlier
 
 
 # ------------------------------------------------------------------------------------------------------------------ Model
@@ -413,34 +442,76 @@ class ReferenceSTGCMA(nn.Module):
         super().__init__()
         self.config = config
         self.is_swin = hasattr(config.backbone, "window")
-        self.mlp_head = Head((build_swin if self.is_swin else build_clip)(self, config), config)
+        dim = (build_swin if self.is_swin else build_clip)(self, config)
+        if config.task == "ave":
+            self.mlp_head = Head(dim, config)
+        else:
+            {"avs": build_avs, "avqa": build_avqa}[config.task](self, config)
         init_parameters(self)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_trainable(name))
 
     def features(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the head reads, ``[B * T, D]`` a stream, from images ``[B, T, c, height, width]``."""
-        return (swin_features if self.is_swin else clip_features)(self, images)
+        """What AVE's head reads, ``[B * T, D]`` a stream, from images ``[B, T, c, height, width]``."""
+        if not self.is_swin:
+            return clip_features(self, images)
+        return {m: x.mean(2).flatten(0, 1) for m, x in self.tokens(images)[0].items()}
 
-    def forward(self, audio: Tensor | None, video: Tensor | None, mode: str | None = None) -> Tensor:
-        """Class scores of every segment.
+    def tokens(self, images: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """What the other heads read: see `swin_tokens`."""
+        return swin_tokens(self, images)
+
+    def segment(self, visual: Sequence[Tensor], audio: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """AVS from tokens: see `avs_head`."""
+        return avs_head(self, visual, audio)
+
+    def forward(
+        self,
+        audio: Tensor | None,
+        video: Tensor | None,
+        negative: Tensor | str | None = None,
+        question: Tensor | None = None,
+        mode: str | None = None,
+    ) -> Tensor | tuple[Tensor, list[Tensor], list[Tensor]] | tuple[Tensor, Tensor, Tensor | None]:
+        """What the task asks for.
 
         Args:
             audio: filterbanks ``[B, T, time, mel]``, floating; ignored by a model without audio.
-            video: normalized frames ``[B, 3, T, height, width]``, floating; ignored by a model without vision.
-            mode: the published call's third argument: "fusion" or "multimodal" for two streams, "audioonly" or "videoonly"
+            video: normalized frames, floating: ``[B, 3, T, height, width]`` for AVE, ``[B, T, 3, height, width]`` for AVS and
+                AVQA. Ignored by a model without vision.
+            negative: AVQA's frames of other videos, as ``video``. None leaves out their part, on which the answers do not
+                depend. For AVE and AVS ``mode`` may stand in its place, as in the published call.
+            question: AVQA's words ``[B, L]``, integers.
+            mode: the published call's last argument: "fusion" or "multimodal" for two streams, "audioonly" or "videoonly"
                 for one. It has no effect beyond a check; the configuration decides.
 
         Returns:
-            Logits ``[B * T, num_classes]``, t running fastest.
+            AVE: logits ``[B * T, num_classes]``, t running fastest.
+            AVS: logits ``[B * T, 1, height, width]``; and for each stage the map ``[B * T, 256, R, R]``, and audio in the
+            maps' channels ``[B, T, 256]``.
+            AVQA: logits of the answers ``[B, num_classes]``; of the match of sound with ``video``, ``[B * T, 2]``, where class
+            1 is a match; and with ``negative``, or None.
 
         Raises:
             ValueError: inputs or a mode that do not fit the configuration.
         """
-        check_inputs(self.config, audio, video, mode)
-        images = {"visual": lambda: video.transpose(1, 2), "audio": lambda: audio[:, :, None]}
-        features = self.features({m: images[m]() for m in self.config.modalities})
-        return self.mlp_head(torch.cat([features[m] for m in ("audio", "visual") if m in features], -1))
+        if isinstance(negative, str):
+            negative, mode = None, negative
+        check_inputs(self.config, audio, video, negative, question, mode)
+        images = {}
+        if "visual" in self.config.modalities:
+            images["visual"] = video.transpose(1, 2) if self.config.task == "ave" else video
+        if "audio" in self.config.modalities:
+            images["audio"] = audio[:, :, None]
+        if negative is not None:
+            images["negative"] = negative
+        if self.config.task == "ave":
+            features = self.features(images)
+            return self.mlp_head(torch.cat([features[m] for m in ("audio", "visual") if m in features], -1))
+        streams, earlier = self.tokens(images)
+        if self.config.task == "avs":
+            return self.segment([*earlier, streams["visual"]], streams["audio"])
+        return avqa_head(self, streams["visual"], streams["audio"], streams.get("negative"), question)
 
 
 def init_parameters(model: nn.Module) -> None:

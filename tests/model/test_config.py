@@ -37,6 +37,16 @@ def test_json_round_trip(arch, adapters):
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+@pytest.mark.parametrize(
+    ("task", "frames", "classes", "head"), [("ave", 10, 29, None), ("avs", 5, 1, None), ("avqa", 10, 42, "dgsct1536")]
+)
+def test_tasks_have_their_published_sizes(task, frames, classes, head):
+    config = preset("swin_l", task=task)
+    assert (config.num_frames, config.num_classes, config.head, config.vocabulary) == (frames, classes, head, 93)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert preset("swin_l", task=task, num_frames=3).num_frames == 3
+
+
 def test_configs_are_frozen_and_hashable():
     config = preset("swin_b")
     assert hash(config) == hash(preset("swin_b"))
@@ -53,7 +63,28 @@ WRONG = {
     "arch": (lambda: preset("vit"), "arch: got 'vit', allowed are 'clip_b16'"),
     "adapters": (lambda: preset("swin_l", "huge"), "adapters: got 'huge', allowed are 'tiny', 'base'"),
     "backbone": (lambda: ModelConfig("swin_l"), "backbone: got 'swin_l'"),
-    "task": (lambda: ModelConfig(TINY_SWIN, task="avs"), "task: got 'avs', allowed are 'ave'"),
+    "task": (lambda: ModelConfig(TINY_SWIN, task="vqa"), "task: got 'vqa', allowed are 'ave', 'avs', 'avqa'"),
+    "task_clip": (
+        lambda: ModelConfig(TINY_CLIP, task="avs"),
+        "got 'avs' with a CLIP backbone, which is defined for 'ave' alone",
+    ),
+    "task_clip_preset": (lambda: preset("clip_b16", task="avqa"), "got 'avqa' with a CLIP backbone"),
+    "task_streams": (
+        lambda: ModelConfig(TINY_SWIN, task="avqa", modalities=("visual",)),
+        r"modalities: got \('visual',\) with task 'avqa', which needs both streams",
+    ),
+    "task_classes": (lambda: ModelConfig(TINY_SWIN, task="avs", num_classes=29), "num_classes: got 29 with task 'avs'"),
+    "task_stages": (
+        lambda: ModelConfig(SwinConfig(image_size=448, depths=(1,) * 5, num_heads=(6,) * 5), task="avs"),
+        "got 'avs' with a Swin of 5 stages, expected at most 4",
+    ),
+    "head": (lambda: ModelConfig(TINY_SWIN, task="avqa", head="base"), "head: got 'base', allowed are 'lavish512'"),
+    "head_task": (lambda: ModelConfig(TINY_SWIN, head="lavish512"), "head: got 'lavish512' with task 'ave', allowed is None"),
+    "head_width": (
+        lambda: ModelConfig(SwinConfig(image_size=28, embed_dim=6, depths=(1,), num_heads=(1,)), 0.5, task="avqa"),
+        "4 attention heads need channels of the last stage divisible by 4",
+    ),
+    "vocabulary": (lambda: ModelConfig(TINY_SWIN, task="avqa", vocabulary=0), "vocabulary: got 0, expected a positive integer"),
     "fusion": (lambda: ModelConfig(TINY_SWIN, fusion="av"), "fusion: got 'av', allowed are 'both'"),
     "fusion_needs_two_adapters": (
         lambda: ModelConfig(TINY_SWIN, adapt=("visual",), fusion="a2v"),

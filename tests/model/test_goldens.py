@@ -1,5 +1,6 @@
 """The reference and FastSTGCMA reproduce measured outputs and gradients of the published model."""
 
+import json
 import zlib
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from stgcma_fast import FastSTGCMA, preset
 from stgcma_fast.ops import stream
 from stgcma_fast.reference import ReferenceSTGCMA
-from tests.support.models import golden, golden_config, inputs, seed
+from tests.support.models import golden, golden_config, inputs, seed, task_inputs
 
 # Measured agreement demanded of float32: logits relative to their standard deviation, gradients to their norm.
 LOGITS, GRADIENTS = 1e-4, 1e-3
@@ -56,13 +57,45 @@ def test_full_size(name, implementation):
     switches = {"adapter_ratio": float(meta["adapter_ratio"])} if "adapter_ratio" in meta else {}
     config = preset(meta["arch"], meta.get("adapters", "base"), **switches)
     model = seed(MODELS[implementation](config)).eval()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    assert sum(p.numel() for p in trainable) == int(meta["trainable_params"])
-    assert sum(p.numel() for p in model.parameters()) == int(meta["total_params"])
+    _check_counts(model, meta)
     audio, video, target = inputs(config, batch=1, seed=int(meta["input_seed"]))
     logits = model(audio, video, meta["mode"])
     _check_logits(logits.detach(), tensors["output.logits"])
     F.cross_entropy(logits, target).backward()
+    _check_probes(model, tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["reference", "fast"])
+@pytest.mark.parametrize("name", ["avs_swin_b_base_full", "avqa_swin_l_head1536_full"])
+def test_full_size_tasks(name, implementation):
+    meta, tensors = golden(name)
+    switches = {"adapter_ratio": json.loads(meta["adapter_ratio"])} if "adapter_ratio" in meta else {}
+    config = preset(meta["arch"], task=meta["task"], head=meta.get("head"), **switches)
+    model = seed(MODELS[implementation](config)).eval()
+    _check_counts(model, meta)
+    arguments, loss_of = task_inputs(config, batch=1, seed=int(meta["input_seed"]))
+    out = model(*arguments, "fusion")
+    outputs = {"avs": ("pred", "feature_norm", "a_fea_norm"), "avqa": ("qa", "match_posi", "match_nega")}[config.task]
+    for output, got in zip(outputs, out, strict=True):
+        wanted = tensors[f"output.{output}"]
+        if output.endswith("_norm"):
+            torch.testing.assert_close(torch.stack([x.detach().norm() for x in got]), wanted, rtol=1e-4, atol=0)
+        else:
+            _check_logits(got.detach(), wanted)
+    loss = loss_of(out)
+    torch.testing.assert_close(loss.detach(), tensors["output.loss"], rtol=1e-4, atol=0)
+    loss.backward()
+    _check_probes(model, tensors)
+
+
+def _check_counts(model, meta):
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trainable) == int(meta["trainable_params"])
+    assert sum(p.numel() for p in model.parameters()) == int(meta["total_params"])
+
+
+def _check_probes(model, tensors):
     got = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
     norms = {k.removeprefix("grad_norm."): float(v) for k, v in tensors.items() if k.startswith("grad_norm.")}
     assert got.keys() == norms.keys()

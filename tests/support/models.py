@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -18,9 +20,10 @@ TINY_CLIP = ClipConfig(image_size=64, patch_size=16, embed_dim=64, layers=2, hea
 
 
 def tiny_config(arch: str, **switches) -> ModelConfig:
-    """A model of a few thousand parameters: "swin" has shifted and unshifted windows and two stages."""
+    """A model of a few thousand parameters, without its head: "swin" has shifted and unshifted windows and two stages."""
     backbone, ratio = (TINY_SWIN, (0.5, 0.25)) if arch == "swin" else (TINY_CLIP, 0.25)
-    return ModelConfig(backbone, **{"adapter_ratio": ratio, "num_frames": 3, "num_classes": 7} | switches)
+    classes = 1 if switches.get("task") == "avs" else 7
+    return ModelConfig(backbone, **{"adapter_ratio": ratio, "num_frames": 3, "num_classes": classes} | switches)
 
 
 def seeded_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -32,7 +35,9 @@ def seeded_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         x = torch.randn(value.shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
         low = key.lower()
-        if value.ndim == 1 and ("ln_" in low or "norm" in low) and key.endswith("weight"):
+        if key.endswith("running_var"):
+            x = 1 + 0.1 * x.abs()
+        elif value.ndim == 1 and ("ln_" in low or "norm" in low) and key.endswith("weight"):
             x = 1 + 0.1 * x
         elif "gate_" in key:
             x = 0.5 + 0.1 * x
@@ -60,6 +65,34 @@ def inputs(
     audio = torch.randn(batch, frames, *config.backbone.audio_shape, generator=generator)
     target = (3 * torch.randn(batch * frames, config.num_classes, generator=generator)).softmax(-1)
     return audio.to(dtype), video.to(dtype), target.to(dtype)
+
+
+def task_inputs(
+    config: ModelConfig, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[tuple[Tensor, ...], Callable[[tuple], Tensor]]:
+    """Arguments of a call of an AVS or AVQA model, and the published loss of what it returns, written out."""
+    generator = torch.Generator().manual_seed(seed)
+    size, frames = config.backbone.image_size, config.num_frames
+
+    def images() -> Tensor:
+        return torch.randn(batch, frames, 3, size, size, generator=generator).to(dtype)
+
+    video = images()
+    negative = images() if config.task == "avqa" else None
+    audio = torch.randn(batch, frames, size, size, generator=generator).to(dtype)
+    if config.task == "avs":
+        mask = (torch.rand(batch, 1, size, size, generator=generator) > 0.5).to(dtype)
+        return (audio, video), lambda out: F.binary_cross_entropy(out[0][0::frames].sigmoid(), mask)
+    question = torch.randint(0, config.vocabulary, (batch, 14), generator=generator)
+    label = torch.randint(0, config.num_classes, (batch,), generator=generator)
+
+    def loss(out: tuple) -> Tensor:
+        answers, positive, unlike = out
+        pairs = [logits for pair in zip(positive, unlike, strict=True) for logits in pair]
+        matched = torch.tensor([1, 0] * len(positive))
+        return F.cross_entropy(answers, label) + 0.5 * F.cross_entropy(torch.stack(pairs), matched)
+
+    return (audio, video, negative, question), loss
 
 
 def golden(name: str) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -1,0 +1,23 @@
+"""The loss of AVQA. Its head is `reference.avqa`'s for both models: beside the backbone it takes no time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def avqa_loss(
+    answers: Tensor, match_positive: Tensor, match_negative: Tensor, label: Tensor, *, match_weight: float = 0.5
+) -> Tensor:
+    """Cross-entropy of the answers, and half of that of the matches: the published loss.
+
+    Args:
+        answers: logits ``[B, answers]``.
+        match_positive, match_negative: logits ``[B * T, 2]``; the classes are 1 and 0.
+        label: ``[B]``, integers.
+        match_weight: of the second term, a mean over both kinds of match.
+    """
+    matches = torch.stack([match_positive, match_negative], 1).flatten(0, 1)  # positive, negative, positive, ...
+    wanted = torch.tensor([1, 0], device=label.device).repeat(len(match_positive))
+    return F.cross_entropy(answers, label) + match_weight * F.cross_entropy(matches, wanted)
