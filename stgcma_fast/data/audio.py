@@ -94,15 +94,13 @@ def _decode(path: str | os.PathLike[str]) -> tuple[np.ndarray, int]:
             raise MediaError(path, f"it has no audio track, only {kinds}")
         if stream.codec_context is None:
             raise MediaError(path, "there is no decoder for its audio track")
-        # Where the data ends, an mp4's index and a flac's header say. Matroska has one duration for all its tracks.
-        form, index, promised = container.format.name, stream.index_entries, 0.0
-        matroska = "matroska" in form
+        # An mp4's index says how much there should be, Matroska's duration of all its tracks, and a flac's number of samples.
+        form, index = container.format.name, stream.index_entries
         if "mov" in form and index and index[-1].pos + index[-1].size > container.size:
             raise MediaError(path, f"it is cut off: it has {container.size} bytes, but its index says more")
-        if matroska and container.duration:
-            promised = container.duration / av.time_base - MISSING_SECONDS
-        elif form == "flac" and stream.duration:
-            promised = float(stream.duration * stream.time_base)
+        matroska = "matroska" in form
+        seconds = (container.duration or 0) / av.time_base if matroska else 0.0
+        promised = int(stream.duration or 0) if form == "flac" else 0
         blocks, kinds, end = [], set(), 0.0
         for packet in container.demux(*(() if matroska else (stream,))):
             if packet.pts is not None:
@@ -115,7 +113,7 @@ def _decode(path: str | os.PathLike[str]) -> tuple[np.ndarray, int]:
                 raise MediaError(path, f"its audio is damaged near {end:.2f} s: {error.strerror}") from error
             blocks += [frame.to_ndarray() for frame in frames]
             kinds |= {(frame.sample_rate, frame.layout.name, frame.format.name) for frame in frames}
-        if end < promised:
+        if end < seconds - MISSING_SECONDS:
             raise MediaError(path, f"it is cut off: its data ends after {end:.2f} s")
     if not blocks:
         raise MediaError(path, "its audio track has no samples")
@@ -124,12 +122,14 @@ def _decode(path: str | os.PathLike[str]) -> tuple[np.ndarray, int]:
     (rate, layout, numbers), samples = kinds.pop(), np.concatenate(blocks, axis=1)
     if av.AudioFormat(numbers).is_packed:
         samples = samples.reshape(-1, av.AudioLayout(layout).nb_channels).T
+    if samples.shape[1] < promised:
+        raise MediaError(path, f"it is cut off or damaged: {samples.shape[1]} of {promised} samples can be decoded")
     return samples, rate
 
 
 def _mono(samples: np.ndarray) -> Tensor:
     """The mean of channels ``[C, N]`` in float32; whole numbers become fractions of the largest."""
-    channels = torch.from_numpy(samples.astype(np.float32))
+    channels = torch.from_numpy(samples).float()
     if samples.dtype.kind != "f":
         limits = np.iinfo(samples.dtype)
         half = (limits.max - limits.min + 1) // 2

@@ -22,7 +22,7 @@ def tone(samples=16000, rate=16000, frequency=440.0, amplitude=0.5):
 def noise(samples, channels=1, seed=0):
     """int16 ``[channels, samples]``, the ends of its range included."""
     out = np.random.default_rng(seed).integers(-32768, 32768, (channels, samples)).astype(np.int16)
-    out[:, :2] = -32768, 32767
+    out[:, :1], out[:, 1:2] = -32768, 32767
     return out
 
 
@@ -54,7 +54,7 @@ def encode(path, samples, rate=16000, codec="flac", container=None):
         frame = av.AudioFrame.from_ndarray(samples, format="s16p" if samples.dtype == np.int16 else "fltp", layout=layout)
         frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
         resampler, fifo = av.AudioResampler(stream.format, stream.layout, stream.rate), av.AudioFifo()
-        for part in resampler.resample(frame):
+        for part in resampler.resample(frame) if samples.size else ():
             fifo.write(part)
         while part := fifo.read(stream.frame_size or 1024, partial=True):
             file.mux(stream.encode(part))
@@ -119,19 +119,19 @@ def test_lossless(ending, codec, step, channels, tmp_path):
 
 @pytest.mark.parametrize(
     ("ending", "codec"),
-    [("mp3", "mp3"), ("m4a", "aac"), ("aac", "aac"), ("ogg", "libopus"), ("webm", "libopus"), ("wma", "wmav2")],
+    [("mp3", "mp3"), ("m4a", "aac"), ("aac", "aac"), ("ogg", "libopus"), ("webm", "libopus")],
 )
 @pytest.mark.parametrize(("rate", "channels"), [(48000, 1), (48000, 2), (16000, 1)])
 def test_lossy(ending, codec, rate, channels, tmp_path):
-    """A tone comes back at its pitch and level, whole; the right channel is silent."""
+    """A tone comes back at its pitch and level (LAME takes 5 % off), whole; the right channel is silent."""
     samples = np.zeros((channels, rate))
     samples[0] = tone(rate, rate)
     got = read_audio(encode(tmp_path / f"a.{ending}", samples, rate, codec)).numpy()
     assert 16000 - 16 <= len(got) <= 16000 + 2 * 2048 * 16000 // rate
     middle = got[4000:12000]
     waves = np.exp(-2j * np.pi * 440 * np.arange(8000) / 16000)
-    assert abs(2 * abs((middle * waves).mean()) - 0.5 / channels) < 0.02
-    assert abs(np.sqrt(2 * (middle**2).mean()) - 0.5 / channels) < 0.02
+    assert abs(2 * abs((middle * waves).mean()) - 0.5 / channels) < 0.03 / channels
+    assert abs(np.sqrt(2 * (middle**2).mean()) - 0.5 / channels) < 0.03 / channels
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000])
@@ -170,7 +170,7 @@ def test_shortest(tmp_path):
     assert len(read_audio(write_wav(tmp_path / "a.wav", noise(400)))) == 400
     with pytest.raises(MediaError, match=r"a\.wav: it has 399 samples at 16000 Hz, expected at least 400 \(25 ms\)"):
         read_audio(write_wav(tmp_path / "a.wav", noise(399)))
-    with pytest.raises(MediaError, match=r"it has 400 samples at 16000 Hz, expected at least|it has \d+ samples at 48000 Hz"):
+    with pytest.raises(MediaError, match="at 48000 Hz, expected at least 1200"):
         read_audio(write_wav(tmp_path / "a.wav", noise(399)), sample_rate=48000)
 
 
@@ -253,10 +253,10 @@ def damaged_m4a(path):
         (lambda path: None, "there is no such file"),
         (folder, "it is a folder"),
         (empty, r"it is empty \(0 bytes\)"),
-        (text, "it can not be read: Invalid data|it has no audio track"),
-        (no_samples, "no samples|can not be read"),
-        (no_samples_float, "no samples|can not be read"),
-        (no_samples_flac, "no samples|can not be read"),
+        (text, "it can not be read: Invalid data"),
+        (no_samples, "its audio track has no samples"),
+        (no_samples_float, "its audio track has no samples"),
+        (no_samples_flac, "its audio track has no samples"),
         (header_only, "it is cut off: a wav that ends before its samples"),
         (cut_wav, r"it is cut off: it has \d+ of the 1600 bytes that its header says"),
         (cut_float_wav, r"it is cut off: it has \d+ of the 3200 bytes that its header says"),
@@ -266,7 +266,7 @@ def damaged_m4a(path):
         (nan, "its sample 17 of 800 is nan, expected finite numbers"),
         (infinite, "its sample 17 of 800 is -inf"),
         (too_large, "its sample 17 of 800 is inf"),
-        (damaged_flac, "its audio is damaged near"),
+        (damaged_flac, r"it is cut off or damaged: \d+ of 32000 samples can be decoded"),
         (damaged_m4a, "its audio is damaged near"),
     ],
 )
@@ -283,13 +283,13 @@ def test_what_is_wrong(make, cause, tmp_path):
 
 
 def test_flac_cut_between_two_frames(tmp_path):
-    """Nothing is broken, but its header says how many samples there should be."""
+    """Every frame can be decoded, but its header says how many samples there should be."""
     path = encode(tmp_path / "a.flac", noise(16384), codec="flac")
     with av.open(str(path)) as container:
         sizes = [packet.size for packet in container.demux() if packet.size]
     content = path.read_bytes()
     path.write_bytes(content[: len(content) - sizes[-1]])
-    with pytest.raises(MediaError, match="it is cut off"):
+    with pytest.raises(MediaError, match=r"it is cut off or damaged: \d+ of 16384 samples can be decoded"):
         read_audio(path)
 
 
