@@ -114,6 +114,7 @@ class MediaDataset(ABC):
         ids: the clip of each item.
         names: of the items; each should be there once.
         places: in how many places of a clip frames may be asked for.
+        annotations: files that tell what is in the split.
 
     Raises:
         FileNotFoundError: the root or an annotation file is not there.
@@ -143,6 +144,7 @@ class MediaDataset(ABC):
             )
         self.root, self.split, self.config, self.train, self.seed = Path(root), split, config, train, seed
         self.places, self._problems = (config.video.frames,), problems
+        self.annotations: list[Path] = []
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root}: no such folder")
 
@@ -151,9 +153,9 @@ class MediaDataset(ABC):
         """An item: its files and its draws."""
 
     @abstractmethod
-    def files(self, index: int) -> list[tuple[str, Path]]:
-        """Files an item is read from, without those of other clips, each with its kind: "video" (a container or a folder of
-        frames), "image" or "audio"."""
+    def files(self, index: int) -> list[tuple[str, Path | tuple[Path, ...]]]:
+        """What an item is read from, other clips left out, by kind: "video", a container, a folder of frames, or images of one
+        size; "audio", a file or a container."""
 
     @property
     def names(self) -> list[str]:
@@ -183,6 +185,7 @@ class MediaDataset(ABC):
         """The first of these below the root that exists."""
         for name in names:
             if (path := self.root / name).exists():
+                self.annotations.append(path)
                 return path
         raise FileNotFoundError(f"{self.root}: expected {' or '.join(names)} in it, got none")
 

@@ -101,7 +101,7 @@ def read_waveforms(
 
 
 def read_masks(sample: Sample, config: VideoConfig, size: tuple[int, int], media: Media = FILES) -> Tensor:
-    """A sample's masks, cut like its frames.
+    """A sample's masks, cut as `frames_to_tensor` cuts frames without an augmentation; each pixel is that of the nearest.
 
     Args:
         size: height and width of the frames.
@@ -112,6 +112,14 @@ def read_masks(sample: Sample, config: VideoConfig, size: tuple[int, int], media
     Raises:
         MediaError: a file is broken or not of the frames' size, or there are neither one nor T of them.
     """
+    masks, short = whole_masks(sample, config, size, media), min(size)
+    target = [config.size * side // short for side in size] if config.resize == "crop" else [config.size, config.size]
+    masks = F.resize(masks.to(torch.uint8), target, InterpolationMode.NEAREST_EXACT)
+    return F.center_crop(masks, [config.size, config.size]).unsqueeze(1).float()
+
+
+def whole_masks(sample: Sample, config: VideoConfig, size: tuple[int, int], media: Media = FILES) -> Tensor:
+    """A sample's masks as they are, bool ``[1 or T, H, W]``; see `read_masks`."""
     if len(sample.masks) not in (1, config.frames):
         raise MediaError(sample.masks[0].parent, f"got {len(sample.masks)} masks of {sample.id}, expected 1 or {config.frames}")
     masks = []
@@ -121,11 +129,7 @@ def read_masks(sample: Sample, config: VideoConfig, size: tuple[int, int], media
             (height, width), (frame_height, frame_width) = mask.shape, size
             raise MediaError(path, f"the mask is {width}x{height}, but its frames are {frame_width}x{frame_height}")
         masks.append(mask)
-    # As `frames_to_tensor` does it without an augmentation, but each pixel is that of the nearest.
-    cut, short = torch.stack(masks).to(torch.uint8), min(size)
-    target = [config.size * side // short for side in size] if config.resize == "crop" else [config.size, config.size]
-    cut = F.center_crop(F.resize(cut, target, InterpolationMode.NEAREST_EXACT), [config.size, config.size])
-    return cut.unsqueeze(1).float()
+    return torch.stack(masks)
 
 
 def read_mask(path: Path) -> Tensor:
