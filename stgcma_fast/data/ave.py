@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .augment import draw
 from .config import MediaConfig
 from .dataset import MediaDataset, MediaFiles, generator, read_text
 from .sample import Frames, Mix, Sample
@@ -74,6 +75,8 @@ class AVEDataset(MediaDataset):
         self.mixup, self.mix_labels = mixup, mix_labels
         annotations = self._find("Annotations.txt", "AVE_Dataset/Annotations.txt")
         rows = self._rows(annotations)
+        if not any(rows):
+            raise ValueError(f"{annotations}: got no row, expected one or more")
         self.classes = (*dict.fromkeys(row.category for row in rows if row), "background")
         split_file, indices = self._split(annotations, rows)
         indices = [index for index in indices if rows[index]]
@@ -90,8 +93,6 @@ class AVEDataset(MediaDataset):
         augmentation = mix = None
         if self.train:
             draws = generator(self.seed, epoch, index)
-            from .augment import draw
-
             augmentation = draw(draws)
             if torch.rand((), generator=draws) < self.mixup:
                 other = int(torch.randint(len(self), (), generator=draws))
@@ -103,7 +104,7 @@ class AVEDataset(MediaDataset):
         frames = Frames(self._media.frames(clip), tuple(range(count)), count)
         return Sample(clip, frames, self._media.audio(clip), {"label": label}, augmentation=augmentation, mix=mix)
 
-    def files(self, index: int) -> list[tuple[str, Path]]:
+    def files(self, index: int) -> list[tuple[str, Path | tuple[Path, ...]]]:
         clip = self.ids[index]
         return [("video", self._media.video(clip)), ("audio", self._media.audio(clip))]
 

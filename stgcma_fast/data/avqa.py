@@ -110,7 +110,7 @@ class AVQADataset(MediaDataset):
             ),
         )
 
-    def files(self, index: int) -> list[tuple[str, Path]]:
+    def files(self, index: int) -> list[tuple[str, Path | tuple[Path, ...]]]:
         clip = self.ids[index]
         return [("video", self._media.video(clip)), ("audio", self._media.audio(clip))]
 

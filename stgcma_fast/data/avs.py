@@ -66,23 +66,22 @@ class AVSDataset(MediaDataset):
         self.ids = [name for _, name in self._clips]
 
     def sample(self, index: int, epoch: int = 0) -> Sample:
-        """An item without draws: there are five masks, or one for the training split of S4."""
-        name = self.ids[index]
-        *images, audio = (path for _, path in self.files(index))
-        return Sample(name, Frames(tuple(images[:FRAMES]), tuple(range(FRAMES)), FRAMES), audio, masks=tuple(images[FRAMES:]))
+        """An item, without draws. There are five masks; in the training split of S4, one."""
+        (_, images), (_, audio) = self.files(index)
+        frames = Frames(images[:FRAMES], tuple(range(FRAMES)), FRAMES)
+        return Sample(self.ids[index], frames, audio, masks=images[FRAMES:])
 
-    def files(self, index: int) -> list[tuple[str, Path]]:
+    def files(self, index: int) -> list[tuple[str, Path | tuple[Path, ...]]]:
         folder, name = self._clips[index]
         frames, masks, audio = (self._base / kind for kind in ("visual_frames", "gt_masks", "audio_wav"))
+        stem = frames / (name if self.subset == "ms3" else f"{folder}/{name}") / name
+        if self.subset == "ms3" and Path(f"{stem}.mp4_1.png").exists():
+            stem = f"{stem}.mp4"
         numbers = range(1, FRAMES + 1)
-        images = [frames / folder / name / f"{name}_{number}.png" for number in numbers]
-        if self.subset == "ms3":
-            images = [frames / name / f"{name}.mp4_{number}.png" for number in numbers]
-            if not images[0].exists():
-                images = [frames / name / f"{name}_{number}.png" for number in numbers]
         masked = numbers[:1] if self.subset == "s4" and self.split == "train" else numbers
+        images = [Path(f"{stem}_{number}.png") for number in numbers]
         images += [masks / folder / name / f"{name}_{number}.png" for number in masked]
-        return [*(("image", path) for path in images), ("audio", audio / folder / f"{name}.wav")]
+        return [("video", tuple(images)), ("audio", audio / folder / f"{name}.wav")]
 
     def _read(self, table: Path) -> list[tuple[str, str]]:
         """Folder, below those of a kind of file, and name of each clip of the split."""

@@ -115,8 +115,8 @@ def check_datasets(
 
     Args:
         datasets: the splits.
-        decode: read all sound and every frame that training may ask for. Otherwise headers are read, and of containers
-            whether all packets are there.
+        decode: decode all sound, and every frame that training may ask for. Otherwise the headers of images are read, wavs, and
+            containers without decoding them.
         jobs: threads; None: as many as there are processors.
         progress: shows how far it is.
         findings: that there are already.
@@ -129,7 +129,7 @@ def check_datasets(
 
     for finding in findings:
         find(finding.kind, finding.splits, finding.where, finding.cause)
-    files: dict[tuple[str, Path], dict[str, None]] = {}
+    files: dict[tuple[str, Path | tuple[Path, ...]], dict[str, None]] = {}
     for dataset in datasets:
         for name, count in Counter(dataset.names).items():
             if count > 1:
@@ -150,7 +150,7 @@ def check_datasets(
             results = progress.track(results, total=len(files), description="files")
         for splits, faults in zip(files.values(), results, strict=True):
             for fault in faults:
-                find("broken" if os.path.lexists(fault.path) else "missing", splits, fault.path, fault.cause)
+                find("broken" if os.path.exists(fault.path) else "missing", splits, fault.path, fault.cause)
     finally:
         pool.shutdown(cancel_futures=True)
     return Report(
@@ -160,16 +160,16 @@ def check_datasets(
     )
 
 
-def _faults(file: tuple[str, Path], places: set[int], decode: bool) -> list[MediaError]:
-    """What is wrong with a file, or with each file of a folder of frames."""
-    kind, path = file
-    images = (path,) if kind == "image" else frame_files(path) if kind == "video" and path.is_dir() else ()
+def _faults(file: tuple[str, Path | tuple[Path, ...]], places: set[int], decode: bool) -> list[MediaError]:
+    """What is wrong with a file, or with each of some images."""
+    kind, source = file
+    images = source if isinstance(source, tuple) else frame_files(source) if kind == "video" and source.is_dir() else ()
     faults, sizes = [], {}
     try:
         if kind == "audio":
-            _hear(path, decode)
+            _hear(source, decode)
         elif not images:
-            _watch(path, places, decode)
+            _watch(source, places, decode)
     except MediaError as error:
         faults.append(error)
     for image in images:
@@ -191,7 +191,8 @@ def _hear(path: Path, decode: bool) -> None:
     from .audio import read_audio
     from .video import check_file
 
-    if decode:
+    # A wav takes no decoding, and nothing but its length tells that it was cut off.
+    if decode or path.suffix.lower() == ".wav":
         read_audio(path)
         return
     check_file(path)
@@ -273,7 +274,8 @@ def _show(report: Report, console: Console) -> None:
     kinds = get_args(Kind)
     table = Table("split", "items", "clips", *kinds)
     for split in dict.fromkeys([*report.items, *(split for finding in report.findings for split in finding.splits)]):
-        counts = Counter(finding.kind for finding in report.findings if split in finding.splits)
+        # What is wrong with a container's picture and with its sound counts as one.
+        counts = Counter(kind for kind, _ in {(f.kind, f.where) for f in report.findings if split in f.splits})
         numbers = (report.items.get(split, 0), report.clips.get(split, 0), *(counts[kind] for kind in kinds))
         table.add_row(split, *map(str, numbers))
     console.print(table)
