@@ -43,6 +43,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import stgcma_fast as sf
 from stgcma_fast.config import ModelConfig, Task, preset
+from stgcma_fast.heads.avqa import avqa_loss
+from stgcma_fast.heads.avs import avs_loss
 from stgcma_fast.ops.fp8 import fp8_refusals
 
 # Each takes a configuration and returns the model and what to call.
@@ -101,7 +103,9 @@ def fill(model: nn.Module) -> None:
             continue
         x = torch.randn(t.shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
         norm = t.ndim == 1 and ("ln_" in key or "norm" in key) and key.endswith("weight")
-        if norm:
+        if key.endswith("running_var"):
+            x = 1 + 0.1 * x.abs()
+        elif norm:
             x = 1 + 0.1 * x
         elif "gate_" in key:
             x = 0.5 + 0.1 * x
@@ -112,27 +116,41 @@ def fill(model: nn.Module) -> None:
         t.copy_(x)
 
 
-def make_inputs(config: ModelConfig, batch_size: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Audio, video and soft targets."""
+def make_inputs(config: ModelConfig, batch_size: int, device: str) -> tuple[tuple[Tensor, ...], Callable[[Any], Tensor]]:
+    """What a call of the model takes, and the task's loss of what it returns."""
     size, frames = config.backbone.image_size, config.num_frames
     generator = torch.Generator().manual_seed(0)
-    video = torch.randn(batch_size, 3, frames, size, size, generator=generator)
-    audio = torch.randn(batch_size, frames, *config.backbone.audio_shape, generator=generator)
-    target = (3 * torch.randn(batch_size * frames, config.num_classes, generator=generator)).softmax(-1)
-    return audio.to(device), video.to(device), target.to(device)
+    layout = (3, frames) if config.task == "ave" else (frames, 3)
+    video = torch.randn(batch_size, *layout, size, size, generator=generator).to(device)
+    audio = torch.randn(batch_size, frames, *config.backbone.audio_shape, generator=generator).to(device)
+    if config.task == "ave":
+        target = (3 * torch.randn(batch_size * frames, config.num_classes, generator=generator)).softmax(-1).to(device)
+        return (audio, video), lambda logits: F.cross_entropy(logits, target)
+    if config.task == "avs":
+        mask = (torch.rand(batch_size, 1, 1, size, size, generator=generator) > 0.5).to(device)
+        return (audio, video), lambda out: avs_loss(out[0], mask)
+    negative = torch.randn(batch_size, frames, 3, size, size, generator=generator).to(device)
+    question = torch.randint(config.vocabulary, (batch_size, 14), generator=generator).to(device)
+    label = torch.randint(config.num_classes, (batch_size,), generator=generator).to(device)
+    return (audio, video, negative, question), lambda out: avqa_loss(*out, label)
+
+
+def scores(out: Tensor | tuple) -> Tensor:
+    """Of what a model returns, what its predictions are made of."""
+    return out if isinstance(out, Tensor) else out[0]
 
 
 def count_flops(config: ModelConfig, batch_size: int) -> dict[str, int]:
     """Floating-point operations of the reference's products; computed on shapes alone."""
     with torch.device("meta"):
         model = sf.reference.ReferenceSTGCMA(config)
-    audio, video, _ = make_inputs(config, batch_size, "meta")
+    arguments, loss_of = make_inputs(config, batch_size, "meta")
     flops = {}
     for phase in PHASES:
         with FlopCounterMode(display=False) as counter:
-            logits = model(audio, video)
+            loss = loss_of(model(*arguments))
             if phase == "train":
-                logits.sum().backward()
+                loss.backward()
         flops[phase] = counter.get_total_flops()
     return flops
 
@@ -200,7 +218,7 @@ class Race:
         self.config, self.impls, self.batch_size = config, impls, batch_size
         self.phases = [phase for phase in PHASES if phase in phases]
         self.dtypes, self.device, self.steps, self.console = dtypes, device, steps, console
-        self.audio, self.video, self.target = make_inputs(config, batch_size, device)
+        self.arguments, self.loss_of = make_inputs(config, batch_size, device)
         self.meter = Meter(device)
 
     def autocast(self, dtype: torch.dtype) -> torch.autocast:
@@ -234,24 +252,24 @@ class Race:
     def infer(self, contender: Contender) -> Tensor:
         """One forward."""
         with torch.inference_mode(), self.autocast(contender.dtype):
-            return contender.call(self.audio, self.video)
+            return scores(contender.call(*self.arguments))
 
     def gradients(self, contender: Contender) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Logits and every trainable gradient in eval mode: without stochastic depth and dropout."""
         with self.autocast(contender.dtype):
-            logits = contender.call(self.audio, self.video)
-            loss = F.cross_entropy(logits, self.target)
+            out = contender.call(*self.arguments)
+            loss = self.loss_of(out)
         scale = contender.scaler.get_scale()
         (loss * scale).backward()
         gradients = {name: None if p.grad is None else p.grad / scale for name, p in contender.named_trainable()}
         contender.optimizer.zero_grad()
-        return logits.detach(), gradients
+        return scores(out).detach(), gradients
 
     def train(self, contender: Contender) -> None:
         """One whole step: forward, loss, backward, optimizer."""
         contender.optimizer.zero_grad()
         with self.autocast(contender.dtype):
-            loss = F.cross_entropy(contender.call(self.audio, self.video), self.target)
+            loss = self.loss_of(contender.call(*self.arguments))
         contender.scaler.scale(loss).backward()
         contender.scaler.step(contender.optimizer)
         contender.scaler.update()
@@ -548,7 +566,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         reasons += [f"it needs --dtype bfloat16, got {name}" for name in dtypes if name != "bfloat16"]
         if reasons:
             p.error(f"--impl fast_fp8: {'; '.join(reasons)}")
-    config = preset(args.arch, args.adapters, task=args.task)
+    try:
+        config = preset(args.arch, args.adapters, task=args.task)
+    except ValueError as error:
+        p.error(str(error))
     labels = {"arch": args.arch, "adapters": args.adapters, "task": args.task, "batch_size": args.batch_size, "device": device}
     tensor_dtypes = [DTYPES[name] for name in dtypes]
     try:

@@ -1,5 +1,6 @@
 """The end-to-end benchmark, on a model small enough for a test. Times are never asserted."""
 
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -94,6 +95,24 @@ def test_low_precision_and_batches(throughput, tmp_path):
     rows = json.loads(file.read_text())["throughput"]
     assert [row["dtype"] for row in rows] == 4 * ["bfloat16"]
     assert all(row["batch_size"] == 2 and row["max_abs_err"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("switches", [{"task": "avs", "num_classes": 1}, {"task": "avqa"}], ids=["avs", "avqa"])
+def test_other_tasks(throughput, switches, monkeypatch, tmp_path):
+    monkeypatch.setattr(throughput, "preset", lambda *args, task: dataclasses.replace(TINY, **switches))
+    file = tmp_path / "rows.json"
+    args = ["--arch", "swin_l", "--task", switches["task"], "--device", "cpu", "--steps", "1", "--json", str(file)]
+    assert throughput.main(args) == 0
+    rows = json.loads(file.read_text())["throughput"]
+    assert [(row["task"], row["impl"]) for row in rows] == 2 * [(switches["task"], name) for name in ("reference", "fast")]
+
+
+def test_a_task_that_the_backbone_lacks(throughput, monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "preset", sf.preset)
+    with pytest.raises(SystemExit) as stop:
+        throughput.main(["--arch", "clip_b16", "--task", "avs", "--device", "cpu"])
+    assert stop.value.code == 2
+    assert "got 'avs' with a CLIP backbone" in capsys.readouterr().err
 
 
 def test_two_dtypes_share_a_baseline(throughput, tmp_path):
