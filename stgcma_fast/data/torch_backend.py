@@ -66,11 +66,16 @@ class _Work:
         self.work = work
 
     def __getitem__(self, job: _Job) -> _Result | MediaError:
+        # Workers have one thread. So has the only process, because sums are rounded otherwise with more.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         try:
             return self.work(job)
         except MediaError as error:
             # Handed over, because DataLoader makes a text of an error that needs two arguments.
             return error
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _as_it_is(result: _Result) -> _Result:

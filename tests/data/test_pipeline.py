@@ -144,6 +144,14 @@ def test_batches_are_the_same_from_workers():
     assert alone.epoch == shared.epoch == 2
 
 
+@pytest.mark.gpu
+def test_batches_arrive_on_the_device():
+    expected = list(AVPipeline(Numbers(5), 2, workers=0))
+    for batch, other in zip(AVPipeline(Numbers(5), 2, backend="pyav", device="cuda", workers=2), expected, strict=True):
+        assert {value.device.type for value in batch.values() if torch.is_tensor(value)} == {"cuda"}
+        equal({key: value.cpu() if torch.is_tensor(value) else value for key, value in batch.items()}, other)
+
+
 @pytest.mark.parametrize("place", [0, 1, 3, 4, 5, 7, 9])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_goes_on_where_it_was_saved(place, workers):
