@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -28,8 +27,6 @@ def add_subcommands(p: ArgumentParser) -> None:
     """Give `parser` its subcommands, after it became a subcommand itself: jsonargparse wants this order."""
     subcommands = p.add_subcommands()
     for name, title in COMMANDS.items():
-        if find_spec(f"{__package__}.{name}") is None:  # TEMPORARY, until check.py and pack.py stand
-            continue
         subcommands.add_subcommand(name, import_module(f".{name}", __package__).parser(), help=title)
 
 
