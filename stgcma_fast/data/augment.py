@@ -199,7 +199,7 @@ def _posterize(images: Tensor, magnitude: float, sign: int) -> Tensor:
 
 
 def _solarize(images: Tensor, magnitude: float, sign: int) -> Tensor:
-    return torch.where(images < 256 - int(25.6 * magnitude), images, 255 - images)
+    return torch.where(images.short() < 256 - int(25.6 * magnitude), images, 255 - images)
 
 
 def _solarize_add(images: Tensor, magnitude: float, sign: int) -> Tensor:

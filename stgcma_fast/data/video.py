@@ -132,7 +132,7 @@ def _scan(path: str | os.PathLike[str], container: av.container.InputContainer, 
         if packet.stream_index == stream.index:
             packets.append(packet)
     cut = any(packet.is_corrupt for packet in packets)
-    if index := stream.index_entries:
+    if "mp4" in container.format.name and (index := stream.index_entries):
         cut |= index[-1].pos + index[-1].size > container.size
     if "matroska" in container.format.name and container.duration:
         end = max(float(end * container.streams[number].time_base) for number, end in ends.items())
@@ -148,8 +148,8 @@ def _scan(path: str | os.PathLike[str], container: av.container.InputContainer, 
         raise MediaError(path, "its video track has no frames")
     times = [packets[index].pts for index in shown]
     timed = None not in times and len(set(times)) == len(times)
-    # AVI has no times of display. What FFmpeg makes up grows from packet to packet, even where frames are shown in another order.
-    timed = timed and not (stream.codec_context.has_b_frames and times == sorted(times))
+    # AVI has no times of display. Those FFmpeg makes up follow the packets, even where frames are shown in another order.
+    timed = timed and not (container.format.name == "avi" and stream.codec_context.has_b_frames and times == sorted(times))
     if timed:
         shown.sort(key=lambda index: packets[index].pts)
     return _Track(packets, shown, timed)
