@@ -240,7 +240,7 @@ class DaliBackend:
                 if kind not in running:
                     raise RuntimeError("DALI was not started")
                 pipeline = self._pipelines[kind]
-                (outputs,) = pipeline.share_outputs(self._stream)
+                (outputs,) = pipeline.share_outputs()
                 # The memory is that of these tensors now, as DALI allocates it anew for each batch.
                 images[kind] = iter([torch.from_dlpack(outputs[number]) for number in range(len(outputs))])
                 pipeline.release_outputs()
