@@ -131,14 +131,15 @@ def _scan(path: str | os.PathLike[str], container: av.container.InputContainer, 
             ends[packet.stream_index] = max(ends[packet.stream_index], packet.pts + (packet.duration or 0))
         if packet.stream_index == stream.index:
             packets.append(packet)
-    cut = any(packet.is_corrupt for packet in packets)
+    good = next((index for index, packet in enumerate(packets) if packet.is_corrupt), len(packets))
+    cut = good < len(packets)
     if "mp4" in container.format.name and (index := stream.index_entries):
         cut |= index[-1].pos + index[-1].size > container.size
     if "matroska" in container.format.name and container.duration:
         end = max(float(end * container.streams[number].time_base) for number, end in ends.items())
         cut |= end < container.duration / av.time_base - MISSING_SECONDS
     if cut:
-        raise MediaError(path, f"it is cut off: its data ends early, after {len(packets)} frames")
+        raise MediaError(path, f"it is cut off or damaged: data is missing after {good} frames")
     # What is decoded but not shown: what an edit list leaves out, and VP8's frames that only others refer to.
     hidden = {index for index, packet in enumerate(packets) if packet.is_discard}
     if stream.codec_context.name == "vp8":

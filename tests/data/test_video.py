@@ -212,7 +212,7 @@ def test_cut_off(name, make_video, tmp_path):
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 6 // 10])
     for look in (frame_indices, lambda *args: read(args[0])):
-        with pytest.raises(MediaError, match=rf"{name}: it is cut off: its data ends early, after \d+ frames"):
+        with pytest.raises(MediaError, match=rf"{name}: it is cut off or damaged: data is missing after \d+ frames"):
             look(path, (0,), 10)
 
 
