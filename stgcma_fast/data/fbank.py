@@ -51,8 +51,8 @@ def kaldi_fbank(waveform: Tensor, *, sample_rate: int, num_mel_bins: int, frame_
     Raises:
         ValueError: another shape or dtype, or a waveform of less than one frame.
     """
-    if waveform.ndim not in (2, 3):
-        raise ValueError(f"waveform: got shape {list(waveform.shape)}, expected [B, N] or [B, C, N]")
+    if waveform.ndim not in (2, 3) or 0 in waveform.shape[:-1]:
+        raise ValueError(f"waveform: got shape {list(waveform.shape)}, expected [B, N] or [B, C, N] with B, C > 0")
     if waveform.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"waveform: got {waveform.dtype}, expected torch.float32 or torch.float64")
     size, shift = whole_samples(WINDOW_MS, sample_rate), whole_samples(frame_shift_ms, sample_rate)
@@ -63,7 +63,7 @@ def kaldi_fbank(waveform: Tensor, *, sample_rate: int, num_mel_bins: int, frame_
 
     rows = waveform.flatten(0, -2)
     count = 1 + (rows.shape[1] - size) // shift
-    block = max(1, CPU_BLOCK // count) if rows.device.type == "cpu" else max(1, len(rows))
+    block = max(1, CPU_BLOCK // count) if rows.device.type == "cpu" else len(rows)
     buffer = rows.new_zeros(min(block, len(rows)), count, padded)
     result = rows.new_empty(len(rows), count, num_mel_bins)
     for part, energies in zip(rows.split(block), result.split(block), strict=True):
