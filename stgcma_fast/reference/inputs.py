@@ -74,5 +74,7 @@ def check_inputs(
         batches["question"] = question.shape[0]
     elif negative is not None or question is not None:
         raise ValueError(f"negative, question: task {config.task!r} has neither, expected None")
-    if len(set(batches.values())) > 1:
+    # One by one: in a set, `torch.compile` would take the sizes for constants.
+    first, *others = batches.values()
+    if any(count != first for count in others):
         raise ValueError(f"batch sizes differ: {', '.join(f'{name} has {count} clips' for name, count in batches.items())}")

@@ -150,7 +150,7 @@ def images(model, **switches):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("impl", ["auto", "triton", "reference"])
+@pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_negative_frames_keep_nothing_for_a_backward(impl, training):
     model = seed(sf.FastSTGCMA(config(), impl=impl)).train(training)
     kept, streams = [], images(model)
@@ -396,24 +396,24 @@ def test_loss():
     torch.testing.assert_close(avqa_loss(answers, positive, unlike, label, match_weight=0.0), F.cross_entropy(answers, label))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype):
-    """Under autocast no worse than twice the reference, gradients three times."""
+def test_autocast():
+    """Under autocast no worse than twice the reference, gradients three times. PyTorch has no LSTM in float16 on the CPU."""
     arguments, loss_of = task_inputs(config())
     exact = run(seed(sf.reference.ReferenceSTGCMA(config())).eval(), arguments, loss_of)
     errors = []
     for cls in MODELS.values():
         model = seed(cls(config())).eval()
         if cls is sf.FastSTGCMA:
-            model.cast_frozen(dtype)
-        with torch.autocast("cpu", dtype):
+            model.cast_frozen(torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
             out, gradients = run(model, arguments, loss_of)
         got, wanted = (torch.cat([g[name].flatten() for name in exact[1]]) for g in (gradients, exact[1]))
         errors.append(
             [*(float((o.float() - e).norm()) for o, e in zip(out, exact[0], strict=True)), float((got - wanted).norm())]
         )
-    for low, fast in zip(*errors, strict=True):
-        assert fast <= 3 * low
+    *outputs, gradients = zip(*errors, strict=True)
+    assert all(fast <= 2 * low for low, fast in outputs)
+    assert gradients[1] <= 3 * gradients[0]
 
 
 def test_ranges_name_the_negative_way():

@@ -22,7 +22,7 @@ each_model = pytest.mark.parametrize("cls", MODELS.values(), ids=MODELS)
 
 
 def config(**switches) -> sf.ModelConfig:
-    return sf.ModelConfig(SWIN, **{"adapter_ratio": 0.5, "num_frames": 2, "task": "avs"} | switches)
+    return sf.ModelConfig(**{"backbone": SWIN, "adapter_ratio": 0.5, "num_frames": 2, "task": "avs"} | switches)
 
 
 def flat(out):
@@ -82,14 +82,13 @@ def test_options_change_nothing(options):
     assert all((gradients[name] - g).norm() <= 1e-3 * g.norm() for name, g in wanted_gradients.items())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype):
+def test_autocast():
     """Under autocast no worse than twice the reference, gradients three times."""
     arguments, loss_of = task_inputs(config(), batch=1)
     exact = run(seed(sf.reference.ReferenceSTGCMA(config())).eval(), arguments, loss_of)
     errors = []
     for cls in MODELS.values():
-        with torch.autocast("cpu", dtype):
+        with torch.autocast("cpu", torch.bfloat16):
             got, gradients, _ = run(
                 seed(cls(config())).eval(), arguments, lambda out: loss_of([out[0].float(), *out[1:]]) if out else None
             )
@@ -159,10 +158,8 @@ def test_tpavi_without_its_matrix_of_pixels(training, B, T, R):
 
 
 def test_tpavi_makes_no_matrix_of_pixels():
-    """At the published size the matrix is a gigabyte."""
-    with torch.device("meta"):
-        tpavi = head.Tpavi().eval()
-        x, audio = torch.empty(1, 5, 56 * 56, 256), torch.empty(1, 5, 128)
+    """At the published size the matrix is a gigabyte; here it is twice as large as the map."""
+    tpavi, x, audio = head.Tpavi().eval(), torch.randn(1, 2, 16 * 16, 256), torch.randn(1, 2, 128)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -174,7 +171,7 @@ def test_tpavi_makes_no_matrix_of_pixels():
 
     with Watch():
         fast_head.tpavi(tpavi, x, audio)
-    assert largest == x.numel()
+    assert largest == x.numel() < 512**2
 
 
 def test_residual_is_that_of_a_relu_in_place():
@@ -340,12 +337,15 @@ def test_loss_of_wrong_masks(shape, all_frames):
         avs_loss(torch.randn(6, 1, 4, 5), torch.zeros(shape), all_frames=all_frames)
 
 
+@pytest.mark.slow
 def test_compiles_whole_and_once():
-    model = seed(sf.FastSTGCMA(config())).eval()
+    backbone = sf.SwinConfig(image_size=16, embed_dim=16, depths=(1,), num_heads=(1,), window=4)
+    model = seed(sf.FastSTGCMA(config(backbone=backbone, num_frames=3))).eval()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager", dynamic=True)
-    for batch in (2, 3, 5):
+    # PyTorch convolves fewer than 16 images on the CPU in another way, and compiles that anew.
+    for batch in (6, 7, 9):
         arguments, _ = task_inputs(model.config, batch, seed=batch)
-        with torch._dynamo.config.patch(error_on_recompile=batch > 2):
+        with torch._dynamo.config.patch(error_on_recompile=batch > 6):
             got = compiled(*arguments)[0]
         torch.testing.assert_close(got, model(*arguments)[0], rtol=1e-4, atol=1e-5)
 
