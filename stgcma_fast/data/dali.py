@@ -10,7 +10,8 @@ Where what runs:
   average on noise), RandAugment's operators are other ones, and its mel filters are not Kaldi's.
 
 Sound is read by PyAV although DALI knows wav, flac and ogg: the samples are the same to the bit, DALI's decoder runs on the
-processor as well, and it takes a file that was cut off for a short one.
+processor as well, and it takes a file that was cut off for a short one. Where DALI fails, PyAV finds out which file it was and
+what is wrong with it; damage that DALI's decoder covers up without failing is not told.
 """
 
 from __future__ import annotations

@@ -307,9 +307,11 @@ def test_clips_that_dali_would_show_otherwise(tmp_path, make_video):
             tmp_path / "hidden.webm", pictures(30, size), codec="libvpx", options={"auto-alt-ref": "1", "lag-in-frames": "16"}
         ),
         make_video(tmp_path / "one.webm", pictures(1, size), codec="libvpx-vp9", options=QUICK),
+        make_video(tmp_path / "edited.mp4", pictures(16, size), codec="libvpx-vp9", options=QUICK, times=range(-5, 11)),
     ]
     dataset = Clips([Sample(path.name, whole(path), audio) for path in paths], config())
-    for batch, expected in zip(run(dataset, [[0, 1], [2, 3]]), reference(dataset, [[0, 1], [2, 3]]), strict=True):
+    batches = [[0, 1], [2, 3, 4]]
+    for batch, expected in zip(run(dataset, batches), reference(dataset, batches), strict=True):
         assert_alike(batch, expected)
     turned = dali._encode(whole(paths[0]), CPU)
     assert isinstance(turned, dali._Encoded)
