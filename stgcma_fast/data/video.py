@@ -160,7 +160,8 @@ def _decode(path: str | os.PathLike[str], context: av.VideoCodecContext, track: 
     """Images ``[H, W, 3]`` of the wanted frames."""
     # Loaders run a process for each core: more threads would only wait for each other.
     context.thread_count = 1
-    context.options = {"err_detect": "explode", "max_pixels": str(LARGEST_SIDE**2)}
+    # Otherwise damage is covered up with what is around it.
+    context.options = {"err_detect": "explode"}
     context.open()
     reformatter = VideoReformatter()
     by_time = {track.packets[track.shown[rank]].pts: rank for rank in wanted}
@@ -172,10 +173,8 @@ def _decode(path: str | os.PathLike[str], context: av.VideoCodecContext, track: 
         try:
             for number, frame in enumerate(frames):
                 rank = by_time.get(frame.pts) if track.timed else number
-                if rank not in wanted or rank in images:
+                if rank not in wanted or rank in images or frame.is_corrupt:
                     continue
-                if frame.is_corrupt:
-                    break
                 if size not in (None, (frame.width, frame.height)):
                     raise MediaError(path, f"its frames change size, from {size[0]}x{size[1]} to {frame.width}x{frame.height}")
                 size = frame.width, frame.height

@@ -231,33 +231,70 @@ def test_cut_off_before_the_index(clips, tmp_path):
         read(path)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "h264_bframes.mp4",
-        "h264_open_gop.mkv",
-        "hevc.mp4",
-        "mpeg4.avi",
-        "mpeg4_bframes.mp4",
-        "vp8_ntsc.webm",
-        "vp9.webm",
-        "mjpeg.mov",
-        "av1.mp4",
-    ],
-)
-def test_damaged(name, clips, tmp_path):
-    """Where the data of a frame is lost that others depend on, nothing is made up."""
-    path = tmp_path / name
-    data = bytearray(clips(name).read_bytes())
-    lost = linspace(COUNT, (5,), 10)[0]
-    _, size, packet = packets(clips(name))[lost]
-    start = data.index(packet)
-    data[start : start + size] = bytes(size)
-    path.write_bytes(data)
+def lose(path, number, share, target):
+    """Write ``target``: the clip with zeros in place of the last ``share`` of a packet."""
+    data = bytearray(path.read_bytes())
+    packet = packets(path)[number][2]
+    end = data.index(packet) + len(packet)
+    lost = int(len(packet) * share)
+    data[end - lost : end] = bytes(lost)
+    target.write_bytes(data)
+    return target
+
+
+HALF = ["h264_bframes.mp4", "h264_open_gop.mkv", "h264_without_times.avi", "mpeg4.avi", "mjpeg.mov", "av1.mp4", "ten_bits.mkv"]
+WHOLE = ["hevc.mp4", "mpeg4_bframes.mp4", "vp8_ntsc.webm", "vp9.webm"]
+
+
+@pytest.mark.parametrize(("name", "share"), [*((name, 0.5) for name in HALF), *((name, 1) for name in WHOLE)])
+def test_damaged(name, share, clips, tmp_path):
+    """Where data is lost that wanted frames depend on, nothing is made up, as FFmpeg would."""
+    path = lose(clips(name), linspace(COUNT, (5,), 10)[0], share, tmp_path / name)
     with pytest.raises(MediaError, match=rf"{name}: it is damaged: frame \d+ of \d+ can not be decoded"):
         read(path)
-    # What does not depend on it is read.
+    # Frames before it are read.
     assert numbers(read(path, slots=(0, 1))) == linspace(COUNT, (0, 1), 10)
+
+
+GROUPS = {
+    "h264.mp4": {"options": {"g": "8", "bf": "2", "x264-params": "scenecut=0:b-adapt=0"}},
+    "hevc.mp4": {"codec": "libx265", "options": {"x265-params": "log-level=0:keyint=8:min-keyint=8:open-gop=0:b-adapt=0"}},
+    "mpeg4.mp4": {"codec": "mpeg4", "options": {"g": "8", "bf": "2", "flags": "+cgop", "sc_threshold": "1000000000"}},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "8"}},
+    "mjpeg.avi": {"codec": "mjpeg", "pixels": "yuvj420p"},
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_only_what_is_needed_is_decoded(name, make_video, tmp_path):
+    """Damage in the third group of eight frames does not hinder frames of the first and the last two."""
+    whole = make_video(tmp_path / f"whole_{name}", frames=COUNT, **GROUPS[name])
+    path = lose(whole, 17, 1, tmp_path / name)
+    wanted = [0, 5, 6, 7, 25, 30, 31, 38]
+    every = decode(whole)
+    assert np.array_equal(read(path, COUNT, wanted).numpy(), np.stack([every[index] for index in wanted]))
+    with pytest.raises(MediaError, match="it is damaged: frame"):
+        read(path, COUNT, range(COUNT))
+
+
+def test_frames_shown_before_their_keyframe(make_video, tmp_path):
+    """Such a frame follows the keyframe in the file, but depends on the group before it; on none that is earlier."""
+    options = {"g": "8", "bf": "2", "sc_threshold": "1000000000"}
+    whole = make_video(tmp_path / "whole.mp4", frames=COUNT, codec="mpeg4", options=options)
+    with av.open(str(whole)) as container:
+        order = [(packet.pts, packet.is_keyframe) for packet in container.demux(video=0) if packet.size]
+    key = [index for index, (_, is_key) in enumerate(order) if is_key][2]
+    leading = sorted(time for time, _ in order).index(order[key + 1][0])
+    assert order[key + 1][0] < order[key][0]
+    path = lose(whole, 1, 1, tmp_path / "clip.mp4")
+    assert np.array_equal(read(path, COUNT, (leading,))[0].numpy(), decode(whole)[leading])
+
+
+def test_names_within_need_not_be_text(clips, tmp_path):
+    """A title in another encoding."""
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(clips("h264_bframes.mp4").read_bytes().replace(b"Lavf", b"\xe9\xff\xfe\xfd"))
+    assert numbers(read(path)) == linspace(COUNT, range(10), 10)
 
 
 def test_refusals(make_video, tmp_path, monkeypatch):
