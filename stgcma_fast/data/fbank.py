@@ -19,7 +19,7 @@ LOWEST_FREQUENCY = 20.0  # Hz
 PREEMPHASIS = 0.97
 FLOOR = torch.finfo(torch.float32).eps  # of an energy, in every dtype
 # Frames a processor does at once, so that they stay in its cache from one step to the next.
-CPU_BLOCK = 2048
+CPU_BLOCK = 512
 
 
 def whole_samples(milliseconds: float, sample_rate: int) -> int:
