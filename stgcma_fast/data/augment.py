@@ -124,11 +124,11 @@ def frames_to_tensor(frames: Tensor, config: VideoConfig, augmentation: Augmenta
         images = _crop(images, size) if config.resize == "crop" else _squash(images, size)
         return _normalise(images, config.layout)
     for operator in augmentation.operators:
-        images = OPERATIONS[operator.name](images, operator.magnitude, operator.sign)
+        images = OPERATIONS[operator.name](images.contiguous(), operator.magnitude, operator.sign)
     height, width = images.shape[2:]
     top, left, height, width = augmentation.crop.within(height, width) or _central(height, width)
     # Normalising is the same for every pixel, and weights of an interpolation add up to 1: their order does not matter.
-    images = _interpolate(images[:, :, top : top + height, left : left + width], size, "bilinear")
+    images = _interpolate(images[:, :, top : top + height, left : left + width], size, "bilinear", torch.channels_last)
     video = _normalise(images.flip(3) if augmentation.flip else images, config.layout)
     if augmentation.erase and (box := augmentation.erase.within(size, size)):
         top, left, height, width = box
@@ -148,12 +148,13 @@ def _crop(images: Tensor, size: int) -> Tensor:
 
 def _squash(images: Tensor, size: int) -> Tensor:
     """Both sides become ``size``; values may leave 0 to 255, as they do where an image of numbers in [0, 1] is resized."""
-    # Cubic interpolation is faster where a channel's pixels are next to each other, linear where a pixel's channels are.
-    return images if images.shape[2:] == (size, size) else _interpolate(images.contiguous(), size, "bicubic")
+    return images if images.shape[2:] == (size, size) else _interpolate(images, size, "bicubic", torch.contiguous_format)
 
 
-def _interpolate(images: Tensor, size: int, mode: str) -> Tensor:
-    return torch.nn.functional.interpolate(images.float(), (size, size), mode=mode, align_corners=False)
+def _interpolate(images: Tensor, size: int, mode: str, layout: torch.memory_format) -> Tensor:
+    """``[M, 3, S, S]`` float32. On a CPU the layout that is faster depends on the mode."""
+    images = images.contiguous(memory_format=layout).float()
+    return torch.nn.functional.interpolate(images, (size, size), mode=mode, align_corners=False)
 
 
 def _normalise(images: Tensor, layout: str) -> Tensor:
@@ -207,6 +208,11 @@ def _solarize_add(images: Tensor, magnitude: float, sign: int) -> Tensor:
     return images + (images < 128).byte().mul_(int(11 * magnitude))
 
 
+def _sharpen(images: Tensor, factor: float) -> Tensor:
+    # Ten times faster where the channels of a pixel are next to each other.
+    return F.adjust_sharpness(images.contiguous(memory_format=torch.channels_last), factor)
+
+
 def _enhance(adjust: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float, int], Tensor]:
     return lambda images, magnitude, sign: adjust(images, 1 + sign * 0.09 * magnitude)
 
@@ -239,7 +245,7 @@ OPERATIONS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
     "ColorIncreasing": _enhance(F.adjust_saturation),
     "ContrastIncreasing": _enhance(F.adjust_contrast),
     "BrightnessIncreasing": _enhance(F.adjust_brightness),
-    "SharpnessIncreasing": _enhance(F.adjust_sharpness),
+    "SharpnessIncreasing": _enhance(_sharpen),
     "ShearX": _shear_x,
     "ShearY": _shear_y,
     "TranslateXRel": _translate_x,
