@@ -226,6 +226,8 @@ class AVPipeline:
                 self.skipped[path] = cause
                 _log.warning("%s: %s; other clips take the place of those that need it", path, cause)
 
+    batch_sampler = None  # Lightning asks for it where there is a sampler.
+
     @property
     def sampler(self) -> AVPipeline:
         """Itself: where Lightning looks for `set_epoch`."""

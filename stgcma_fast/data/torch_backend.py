@@ -54,9 +54,10 @@ def in_order(
                 raise result
             yield result
     finally:
-        # Not left to garbage collection: an error's traceback may keep the iterator alive, and its workers with it.
+        # Not left to garbage collection: an error's traceback keeps alive what is here, workers and the error itself.
         if workers:
             stream._shutdown_workers()
+        stream = result = None
 
 
 class _Work:

@@ -1,5 +1,6 @@
 """Batches come in an order that seed and epoch decide, go on where they were left, and leave no process behind."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -303,28 +304,28 @@ def test_nothing_stays_behind():
             if how == "interrupt":
                 signal.raise_signal(signal.SIGINT)
 
-    kept = []  # with the errors live their tracebacks, and the frames in them
-
     def round_():
         for how in ("whole", "break", "raise", "interrupt"):
-            try:
+            with contextlib.suppress(StopError, KeyboardInterrupt):
                 leave(how)
-            except (StopError, KeyboardInterrupt) as error:
-                kept.append(error.with_traceback(None))
-        try:
+        with pytest.raises(MediaError) as caught:
             list(bad)
-        except MediaError as error:
-            kept.append(error)
         unfinished = iter(good)
         for _ in range(len(good)):  # as Lightning: counted to the last batch, never to the end
             next(unfinished)
+        # The error is still there, and with it what its traceback refers to.
+        assert caught.value.path == "broken/5.mp4"
         assert not children()
 
     round_()
     before = open_files()
-    for _ in range(4):
+    for _ in range(3):
         round_()
-    assert open_files() == before
+    for _ in range(50):  # threads of queues close their pipes in a moment
+        if open_files() <= before:
+            break
+        time.sleep(0.1)
+    assert open_files() <= before
 
 
 def test_interrupt_of_the_whole_group(tmp_path):
@@ -440,30 +441,19 @@ def test_lightning_saves_and_restores_the_place(tmp_path):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.1)
 
-    def fit(steps=-1, resume=None, val=True, **options):
+    def fit(resume=None, **options):
         model = Model()
         trainer = lightning.Trainer(
-            max_epochs=3,
-            max_steps=steps,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **options,
+            max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, **options
         )
-        train = AVPipeline(Numbers(11), 3, shuffle=True, workers=0)
-        loaders = (train, AVPipeline(Numbers(4), 2, workers=0)) if val else (train,)
-        trainer.fit(model, *loaders, ckpt_path=resume)
-        return model, trainer
+        train, val = (AVPipeline(Numbers(n), size, shuffle=n > 4, workers=0) for n, size in ((11, 3), (4, 2)))
+        trainer.fit(model, train, val, ckpt_path=resume)
+        return model.seen
 
-    whole, _ = fit()
-    assert [epochs[0] for epochs, _ in whole.seen] == [0] * 4 + [1] * 4 + [2] * 4
-    for steps in (4, 6, 8):
-        first, trainer = fit(steps)
-        trainer.save_checkpoint(tmp_path / "middle.ckpt")
-        second, _ = fit(resume=tmp_path / "middle.ckpt")
-        assert first.seen + second.seen == whole.seen, steps
-    # Epochs cut short differ from one another, too.
-    short, _ = fit(limit_train_batches=2)
-    assert short.seen == whole.seen[0:2] + whole.seen[4:6] + whole.seen[8:10]
+    save = lightning.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = fit(callbacks=[save])
+    assert [epochs[0] for epochs, _ in whole] == [0] * 4 + [1] * 4 + [2] * 4
+    for step in (1, 4, 6, 7, 8):
+        assert fit(resume=tmp_path / f"step={step}.ckpt", enable_checkpointing=False) == whole[step:]
+    # Epochs that are cut short differ from one another, too.
+    assert fit(limit_train_batches=2, enable_checkpointing=False) == whole[0:2] + whole[4:6] + whole[8:10]
