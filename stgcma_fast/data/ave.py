@@ -138,7 +138,7 @@ class AVEDataset(MediaDataset):
             if wrong:
                 self._complain(str(path), f"got the row {wrong[0]}, expected 0 to {len(rows) - 1}, the rows of {annotations}")
             return path, [int(index) for index in order if 0 <= index < len(rows)]
-        found = {row.event: index for index, row in reversed(list(enumerate(rows))) if row}
+        found = {row.event: index for index, row in enumerate(rows) if row}
         indices = []
         for row in filter(None, self._rows(path)):
             if row.event in found:

@@ -198,6 +198,7 @@ def test_labels_of_hdf5(ave):
         ("annotation", "labels.h5, row 3", ("test",)),
         ("annotation", "Annotations.txt, line 3", ("train",)),
     }
+    assert np.array_equal(open_dataset("ave", ave, "val").labels[0], labels[1])
 
 
 def test_overlaps_and_duplicates_are_told_but_are_no_faults(ave):
@@ -286,7 +287,9 @@ def test_a_file_of_many_items_is_opened_once(tmp_path, monkeypatch):
     }
 
 
-def test_avqa(tmp_path, make_video):
+def test_avqa(tmp_path, make_video, monkeypatch):
+    from stgcma_fast.data import video
+
     sound = np.random.default_rng(0).uniform(-0.1, 0.1, (1, 8000)).astype(np.float32)
     (tmp_path / "videos").mkdir()
     for clip in "ab":
@@ -296,7 +299,10 @@ def test_avqa(tmp_path, make_video):
     test = [train[0], train[1] | {"question_content": "How much?"}, train[1] | {"anser": "six", "question_id": 4}, train[1]]
     for split, items in (("train", train), ("test", test)):
         (tmp_path / f"avqa-{split}.json").write_text(json.dumps(items))
+    asked, read = set(), video.read_frames
+    monkeypatch.setattr(video, "read_frames", lambda frames: (asked.add((frames.source.stem, frames.slots)), read(frames))[1])
     report = check_root("avqa", tmp_path, ["train", "test"], decode=True)
+    assert asked == {(clip, tuple(range(of))) for clip in "ab" for of in (10, 60)}  # 60: what negatives are drawn from
     assert found(report, tmp_path) == {
         ("annotation", "avqa-test.json, question 3", ("test",)),
         ("annotation", "avqa-test.json, question 4", ("test",)),
