@@ -266,7 +266,8 @@ def _encode(frames: Iterable[np.ndarray], waveform: np.ndarray, width: int, heig
     import av
 
     if codec == "h264":
-        video_codec, audio_codec, options = "libx264", "aac", {"preset": "veryfast"}
+        # x264's mbtree depends on what its memory held before: one clip in thirty came out otherwise the next time.
+        video_codec, audio_codec, options = "libx264", "aac", {"preset": "veryfast", "x264-params": "mbtree=0"}
     else:  # in mp4, too, which PyAV and DALI read
         video_codec, audio_codec, options = (
             "libvpx-vp9",
