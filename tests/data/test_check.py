@@ -14,6 +14,7 @@ from stgcma_fast.cli import main
 from stgcma_fast.data import check
 from stgcma_fast.data.check import check_root
 from stgcma_fast.data.dataset import open_dataset
+from stgcma_fast.data.synth import synthesize
 
 
 def write_wav(path: Path, seconds: float = 0.1, rate: int = 16000) -> None:
@@ -339,3 +340,11 @@ def test_avs(tmp_path, subset):
         ("missing", str(mask.relative_to(base)), ("val",)),
         ("broken", str(image.relative_to(base)), ("train",)),
     }
+
+
+@pytest.mark.parametrize(("task", "clips"), [("ave", 5), ("avs", 5), ("avqa", 10)])
+def test_synthetic_sets_are_whole(tmp_path, task, clips):
+    synthesize(task, tmp_path / "set", clips)
+    report = check_root(task, tmp_path / "set", decode=True)
+    assert report.findings == ()
+    assert report.clips == {"train": 3 * clips // 5, "val": clips // 5, "test": clips // 5}
