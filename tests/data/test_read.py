@@ -23,6 +23,15 @@ RATE = 16000
 LEVEL = 1 / 255 / min(IMAGE_STD)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors are small here: threads would wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def write_wav(path, seconds, seed):
     samples = np.random.default_rng(seed).integers(-8000, 8000, int(seconds * RATE)).astype("<i2")
     with wave.open(str(path), "wb") as file:

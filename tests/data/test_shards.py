@@ -36,6 +36,15 @@ LEVEL = 1 / 255 / min(IMAGE_STD)
 SIZES = [(120, 96), (40, 32), (84, 106), (64, 64)]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors are small here: threads would wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def config(task):
     """A task's settings, at a size that is soon done."""
     whole = media_config(task, BACKBONES["swin_l"], num_frames=5)
