@@ -297,7 +297,7 @@ def _refusals(backend: str, dataset: Dataset, device: torch.device) -> list[str]
 
         return dali_refusals(dataset, device)
     missing = [name for name in ("av", "torchvision") if importlib.util.find_spec(name) is None]
-    return [f"{' and '.join(missing)} are not installed (pip install stgcma-fast[data])"] if missing else []
+    return [f"{name} is not installed (pip install stgcma-fast[data])" for name in missing]
 
 
 def _build(backend: str) -> Callable[..., Backend]:
