@@ -40,7 +40,7 @@ from .pipeline import SKIPPED, Dataset, Items
 from .read import FILES, read_masks, read_waveforms
 from .sample import Frames, Sample
 from .torch_backend import _cores
-from .video import _opened, _scan, read_frames, uniform
+from .video import opened, read_frames, scan, uniform
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
@@ -327,12 +327,12 @@ def _encode(frames: Frames, device: torch.device) -> _Encoded | Tensor:
 
 
 def _container(frames: Frames, device: torch.device) -> _Encoded | None:
-    with _opened(frames.source) as (container, stream):
+    with opened(frames.source) as (container, stream):
         codec, able = stream.codec_context.codec.canonical_name, CODECS[device.type]
         if codec not in able:
             place = "a GPU" if device.type == "cuda" else "a processor"
             raise NotDecodedError(frames.source, f"DALI does not decode {codec} on {place}, only {', '.join(able)}")
-        track = _scan(frames.source, container, stream)
+        track = scan(frames.source, container, stream)
         # DALI counts every packet from time 0 on, in the order of their times, whether it is shown or not.
         alike = track.timed and len(track.shown) == len(track.packets) and track.packets[track.shown[0]].pts >= 0
         indices = np.array(track.choose(frames.slots, frames.of), np.int32)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Colorspace, VideoReformatter
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -20,6 +20,8 @@ from .sample import Frames
 
 # 8K has 7680 x 4320. What claims to be larger is taken for damaged before anything of its size is allocated.
 LARGEST_SIDE = 8192
+# From YUV to RGB, whatever a file says: so do DALI and OpenCV, and so are frames read that FFmpeg wrote as JPEG.
+MATRIX = Colorspace.ITU601
 # Matroska says how long a file is; one that ends so much earlier (in seconds) was cut off.
 MISSING_SECONDS = 1.0
 
@@ -45,8 +47,8 @@ def frame_indices(path: str | os.PathLike[str], slots: Sequence[int], of: int) -
     Raises:
         MediaError: the file is not there, holds no video, or ends early.
     """
-    with _opened(path) as (container, stream):
-        return _scan(path, container, stream).choose(slots, of)
+    with opened(path) as (container, stream):
+        return scan(path, container, stream).choose(slots, of)
 
 
 def read_frames(frames: Frames) -> Tensor:
@@ -64,8 +66,8 @@ def read_frames(frames: Frames) -> Tensor:
     """
     if not isinstance(frames.source, Path):
         return _read_images([frames.source[index] for index in uniform(len(frames.source), frames.slots, frames.of)])
-    with _opened(frames.source) as (container, stream):
-        track = _scan(frames.source, container, stream)
+    with opened(frames.source) as (container, stream):
+        track = scan(frames.source, container, stream)
         wanted = track.choose(frames.slots, frames.of)
         images = _decode(frames.source, stream.codec_context, track, set(wanted))
     return torch.stack([images[index] for index in wanted])
@@ -91,7 +93,7 @@ class _Track(NamedTuple):
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def opened(path: str | os.PathLike[str]) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """A container and its video; whatever FFmpeg finds wrong within is a `MediaError`."""
     check_file(path)
     try:
@@ -119,7 +121,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
         raise MediaError(path, "it is empty (0 bytes)")
 
 
-def _scan(path: str | os.PathLike[str], container: av.container.InputContainer, stream: av.VideoStream) -> _Track:
+def scan(path: str | os.PathLike[str], container: av.container.InputContainer, stream: av.VideoStream) -> _Track:
     """All packets of a video. Headers are not asked how many there are: they may be wrong."""
     packets: list[av.Packet] = []
     ends = dict.fromkeys(range(len(container.streams)), 0)
@@ -178,7 +180,9 @@ def _decode(path: str | os.PathLike[str], context: av.VideoCodecContext, track: 
                 if size not in (None, (frame.width, frame.height)):
                     raise MediaError(path, f"its frames change size, from {size[0]}x{size[1]} to {frame.width}x{frame.height}")
                 size = frame.width, frame.height
-                image = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                image = reformatter.reformat(
+                    frame, format="rgb24", src_colorspace=MATRIX, dst_colorspace=MATRIX, threads=1
+                ).to_ndarray()
                 images[rank] = torch.from_numpy(np.rot90(image, frame.rotation // 90).copy())
                 if len(images) == len(wanted):
                     return images

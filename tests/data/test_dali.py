@@ -16,6 +16,7 @@ import numpy as np
 import nvidia.dali
 import pytest
 import torch
+from av.video.reformatter import Colorspace
 from PIL import Image
 
 from stgcma_fast.data import dali
@@ -26,6 +27,7 @@ from stgcma_fast.data.errors import MediaError
 from stgcma_fast.data.pipeline import SKIPPED, AVPipeline, Items
 from stgcma_fast.data.sample import Frames, Mix, Sample
 from stgcma_fast.data.torch_backend import TorchBackend
+from stgcma_fast.data.video import read_frames
 
 CPU = torch.device("cpu")
 T, SIDE = 4, 32
@@ -221,6 +223,24 @@ def test_training_draws_and_mixed_audio(ave, tmp_path):
         chosen = [sample.video.source[int(at) - 1] for at in np.linspace(1, 9, T)]
         images = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in chosen]))
         assert torch.allclose(clip, frames_to_tensor(images, dataset.config.video, sample.augmentation), atol=0.02)
+
+
+@pytest.mark.parametrize("tag", [Colorspace.ITU709, Colorspace.ITU601, Colorspace.BT2020])
+def test_a_colour_tag_changes_nothing(tmp_path, tag):
+    """PyAV's frames of clips tagged BT.709, as those of high resolution are, were 8 grey levels away from DALI's."""
+    x, y = np.linspace(20, 235, 128), np.linspace(20, 235, 96)[:, None]
+    image = np.stack([x + 0 * y, y + 0 * x, 255 - (x + y) / 2], 2).astype(np.uint8)
+    with av.open(str(tmp_path / "a.webm"), "w") as container:
+        video = container.add_stream("libvpx-vp9", rate=5, options=QUICK)
+        video.height, video.width = image.shape[:2]
+        video.codec_context.colorspace = tag
+        frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p", dst_colorspace=tag)
+        for frame.pts in range(T):
+            container.mux(video.encode(frame))
+        container.mux(video.encode())
+    frames = whole(tmp_path / "a.webm")
+    difference = backend(None).alone(dali._encode(frames, CPU)).float() - read_frames(frames)
+    assert difference.abs().mean() < 2
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png"])
