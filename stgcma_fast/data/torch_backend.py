@@ -43,6 +43,8 @@ def in_order(
         collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=pin_memory,
+        # Without one it draws from PyTorch's, and a run that is resumed gets another dropout than one that is not.
+        generator=torch.Generator(),
         # Forked workers start in milliseconds, from scripts without a main guard too, so that none needs to live on between
         # epochs. They run no CUDA and no threads of PyTorch's.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,

@@ -145,6 +145,13 @@ def test_batches_are_the_same_from_workers():
     assert alone.epoch == shared.epoch == 2
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_models_random_numbers_are_left_alone(workers):
+    state = torch.get_rng_state()
+    list(AVPipeline(Numbers(5), 2, shuffle=True, workers=workers))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.gpu
 def test_batches_arrive_on_the_device():
     expected = list(AVPipeline(Numbers(5), 2, workers=0))
