@@ -18,14 +18,14 @@ COMMANDS = {"params": params, "report": report, "data": data}
 DATA_PACKAGES = {"av", "PIL", "torchvision", "torchaudio", "h5py", "webdataset"}
 
 
-def parser() -> ArgumentParser:
-    """The command line."""
+def parser(argv: Sequence[str] = ()) -> ArgumentParser:
+    """The command line, complete as far as ``argv`` needs it: data's own commands need the extra `data`."""
     p = ArgumentParser(prog="stgcma-fast", description="STG-CMA, an audio-visual model on one frozen vision transformer.")
     subcommands = p.add_subcommands()
     for name, module in COMMANDS.items():
         inner = module.parser() if hasattr(module, "parser") else ArgumentParser(description=module.__doc__)
         subcommands.add_subcommand(name, inner, help=module.__doc__)
-        if module is data:
+        if module is data and argv[:1] == [name]:
             data.add_subcommands(inner)
     return p
 
@@ -36,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The command's exit status: 1 where it failed at what it was given, which is then said in a line; 130 after ^C.
     """
-    args = parser().parse_args(argv)
-    module = COMMANDS[args.subcommand]
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        args = parser(argv).parse_args(argv)
+        module = COMMANDS[args.subcommand]
         return module.main(args[args.subcommand]) if hasattr(module, "parser") else module.main()
     except KeyboardInterrupt:
         return 130

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from jsonargparse import ArgumentParser, Namespace
 
-# Each is a module with `parser` and `main`. They import what decodes media (PyAV, DALI, HDF5) when they run.
+# Each is a module with `parser` and `main`.
 COMMANDS = {
     "synth": "make a synthetic data set of real media files",
     "check": "find what is missing or broken in a data set",
