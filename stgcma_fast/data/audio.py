@@ -101,10 +101,11 @@ def _decode(path: str | os.PathLike[str]) -> tuple[np.ndarray, int]:
         matroska = "matroska" in form
         seconds = (container.duration or 0) / av.time_base if matroska else 0.0
         promised = int(stream.duration or 0) if form == "flac" else 0
+        ticks = [float(other.time_base or 0) for other in container.streams]
         blocks, kinds, end = [], set(), 0.0
         for packet in container.demux(*(() if matroska else (stream,))):
             if packet.pts is not None:
-                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                end = max(end, (packet.pts + (packet.duration or 0)) * ticks[packet.stream_index])
             if packet.stream_index != stream.index:
                 continue
             try:
