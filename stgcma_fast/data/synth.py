@@ -43,7 +43,7 @@ NUMBERS = ("zero", "one", "two", "three")
 SPLITS = ("train", "train", "train", "val", "test")  # of clips in turn
 
 FPS = 16
-SAMPLE_RATE = 16000
+SAMPLE_RATE = 16000  # of what is made, and of wavs
 MASKED_FRAMES = 5
 # A sound is over so long before its span is: the published windows of a clip's last seconds begin up to this much early.
 EARLY = 0.1
@@ -267,20 +267,19 @@ def _encode(frames: Iterable[np.ndarray], waveform: np.ndarray, width: int, heig
 
     if codec == "h264":
         # x264's mbtree depends on what its memory held before: one clip in thirty came out otherwise the next time.
-        video_codec, audio_codec, options = "libx264", "aac", {"preset": "veryfast", "x264-params": "mbtree=0"}
+        video_codec, audio_codec, rate = "libx264", "aac", 44100
+        options = {"preset": "veryfast", "x264-params": "mbtree=0"}
     else:  # in mp4, too, which PyAV and DALI read
-        video_codec, audio_codec, options = (
-            "libvpx-vp9",
-            "libopus",
-            {"deadline": "realtime", "cpu-used": "8", "crf": "30", "b": "0"},
-        )
+        video_codec, audio_codec, rate = "libvpx-vp9", "libopus", 48000
+        options = {"deadline": "realtime", "cpu-used": "8", "crf": "30", "b": "0"}
     file = io.BytesIO()
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         video = container.add_stream(video_codec, rate=FPS, options=options)
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
         video.codec_context.gop_size = 2 * FPS
         video.codec_context.thread_count = 1
-        audio = container.add_stream(audio_codec, rate=SAMPLE_RATE, layout="mono")
+        # As clips from the web have it. PyAV resamples what it is given.
+        audio = container.add_stream(audio_codec, rate=rate, layout="stereo")
         sound = av.AudioFrame.from_ndarray(waveform[None], "s16", "mono")
         sound.sample_rate = SAMPLE_RATE
         container.mux([*audio.encode(sound), *audio.encode()])
