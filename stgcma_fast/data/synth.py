@@ -415,6 +415,9 @@ def _write(path: Path, content: bytes) -> None:
     try:
         part.write_bytes(content)
         os.replace(part, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -431,7 +434,7 @@ def _open_folder(out: Path, manifest: dict[str, Any]) -> None:
         ]
         if differing:
             raise FileExistsError(f"{out} holds another set: {', '.join(differing)}; take another folder or the same arguments")
-    elif out.exists() and any(not entry.name.endswith(".part") for entry in out.iterdir()):
+    elif out.exists() and any(not entry.name.startswith(f".{MANIFEST}.") for entry in out.iterdir()):
         raise FileExistsError(f"{out} is not empty and not of this command (it has no {MANIFEST}); take another folder")
     for part in out.rglob(".*.part"):
         part.unlink(missing_ok=True)

@@ -328,7 +328,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     def full(path, content, write=Path.write_bytes):
         if "synth000003" in path.name:
             write(path, content[:1000])
-            raise OSError(28, "No space left on device", str(path))
+            raise OSError(28, "No space left on device")
         return write(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
