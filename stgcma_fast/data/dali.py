@@ -40,7 +40,7 @@ from .pipeline import SKIPPED, Dataset, Items
 from .read import FILES, read_masks, read_waveforms
 from .sample import Frames, Sample
 from .torch_backend import _cores
-from .video import opened, read_frames, scan, uniform
+from .video import opened, quarters, read_frames, scan, uniform
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
@@ -95,6 +95,7 @@ class DaliBackend:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pipelines: dict[str, Pipeline] = {}
         self._running: list[str] = []
+        self._lent: list[Tensor] = []
 
     def run(self, batches: Sequence[Sequence[int]], epoch: int) -> Iterator[dict[str, Any]]:
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="stgcma-media")
@@ -106,7 +107,6 @@ class DaliBackend:
                 self._decode(batch, epoch)
                 following = self._begin(ahead, submitted)
                 yield self._finish(batch)
-                # DALI lent its frames; they go back when the device has read them.
                 self._wait()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -243,8 +243,11 @@ class DaliBackend:
                 pipeline = self._pipelines[kind]
                 (outputs,) = pipeline.share_outputs()
                 # The memory is that of these tensors now, as DALI allocates it anew for each batch.
-                images[kind] = iter([torch.from_dlpack(outputs[number]) for number in range(len(outputs))])
+                tensors = [torch.from_dlpack(outputs[number]) for number in range(len(outputs))]
                 pipeline.release_outputs()
+                # It is DALI's again with the last reference, which must be there when a copy of it is made on our stream.
+                self._lent += tensors
+                images[kind] = iter(tensors)
             result = []
             for clip in encoded:
                 if clip.indices is None:
@@ -258,8 +261,10 @@ class DaliBackend:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _wait(self) -> None:
+        """Give frames back to DALI, once the device has read them."""
         if self._stream is not None:
             self._stream.synchronize()
+        self._lent.clear()
 
     def _send(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.device != self._device:
@@ -350,7 +355,7 @@ def _turns(context: av.VideoCodecContext, packets: Sequence[av.Packet]) -> int |
     try:
         for packet in [*packets, None]:
             for frame in context.decode(packet):
-                return frame.rotation // 90
+                return quarters(frame)
     except av.FFmpegError:
         pass
     return None

@@ -579,6 +579,40 @@ def test_order_of_streams(ave, monkeypatch):
     assert log == [*order, "frames go back"]
 
 
+def test_copied_frames_are_kept_until_the_device_has_read_them(tmp_path, monkeypatch):
+    """Images of a folder become one tensor on a stream that DALI does not know: it must not get their memory back before."""
+    images = write_images(tmp_path / "images", pictures(T, (64, 48)))
+    dataset = Clips([Sample("images", whole(images), write_wav(tmp_path / "a.wav", 0))], config())
+    lent, alive = [], []
+
+    class Stream:
+        def synchronize(self):
+            alive.append([tensor() is not None for tensor in lent])
+
+        def wait_stream(self, other):
+            pass
+
+    from_dlpack = torch.from_dlpack
+
+    def lend(tensor):
+        tensor = from_dlpack(tensor)
+        lent.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(torch, "from_dlpack", lend)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda value, stream: None)
+    made = backend(dataset)
+    made._stream = Stream()
+    stream = made.run([[0]], 0)
+    next(stream)
+    assert not alive
+    assert next(stream, None) is None
+    assert alive[0] == [True] * T
+    assert not any(tensor() is not None for tensor in lent)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("codec", ["libx264", "libvpx-vp9"])
 def test_a_gpu_decodes_what_pyav_decodes(tmp_path, make_video, monkeypatch, codec):
