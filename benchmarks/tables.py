@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = RESULTS / "throughput.svg"
-DOCUMENTS = ("README.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "docs/performance.md", "docs/data.md")
 MARK = re.compile(r"<!-- (/?[a-z]+) -->")
 
 MODELS = ("swin_l", "clip_l14", "swin_b", "clip_b16")
@@ -306,11 +306,32 @@ def profile(results: Results) -> str:
     )
 
 
+def data(results: Results) -> str:
+    """What reading a clip costs, by stage, and in a whole loader."""
+
+    def table(lines: dict[tuple, Line], providers: list[str]) -> str:
+        cells = []
+        for (task, arch, media, phase, stage), line in lines.items():
+            times = {name: row.get("p50_ms") or 1e3 / row["clips_per_s"] for name, row in line.items()}
+            cells.append([marked(f"{task}, {arch}", line), media, phase, stage])
+            cells[-1] += [milliseconds(times.get(name)) for name in providers]
+            cells[-1].append(f"{times['plain'] / times['pyav']:.2f}x" if {"plain", "pyav"} <= times.keys() else "-")
+        headings = [*(f"{name} ms" for name in providers), "pyav over plain"]
+        return markdown(["data set", "media", "phase", "stage", *headings], cells, 4)
+
+    return section(
+        "Milliseconds a clip: of a stage the median, with one thread; of a loader the time over the clips it handed over.",
+        newest(results, "data", ("task", "arch", "media", "phase"), ("stage",), "provider"),
+        table,
+    )
+
+
 GENERATORS: dict[str, Callable[[Results], str]] = {
     "throughput": throughput,
     "operators": operators,
     "scaling": scaling,
     "profile": profile,
+    "data": data,
 }
 
 
