@@ -89,8 +89,9 @@ class Backend(Protocol):
         """A generator of one batch, on the device, for each list of indices, in their order.
 
         Batches are made ahead of being asked for. A batch belongs to the caller: later ones and ``close()`` leave it as it is.
-        Every item goes through `Items.read`, whose ``skipped`` the batch carries under `SKIPPED`. Closing the generator stops
-        what was begun. MediaErrors come out as they are, other failures of a worker as RuntimeErrors that name it.
+        Every item goes through `Items.read`, whose ``skipped`` the batch carries under `SKIPPED`. There is one run at a time;
+        closing the generator stops what was begun. MediaErrors come out as they are, other failures of a worker as
+        RuntimeErrors that name it.
         """
         ...
 
@@ -103,9 +104,10 @@ class AVPipeline:
     """Batches of a data set, epoch after epoch, the same ones for any number of workers and on any backend.
 
     Iterating yields the batches of one epoch and moves ``epoch`` on when the last of them is handed out; an iteration that is
-    left early changes nothing but the place that `state_dict` tells, and the next one begins its epoch anew. The order depends
-    on (seed, epoch) alone. With ``shuffle``, as for training, every rank has the same number of batches, for which some items
-    may come twice (or, with ``drop_last``, not at all); without, every item comes exactly once over all ranks.
+    left early changes nothing but the place that `state_dict` tells, and the next one begins its epoch anew. There is one at a
+    time; an older one that is asked for more raises RuntimeError. The order depends on (seed, epoch) alone. With ``shuffle``,
+    as for training, every rank has the same number of batches, for which some items may come twice (or, with ``drop_last``, not
+    at all); without, every item comes exactly once over all ranks.
 
     Lightning saves and restores `state_dict` by itself, in the middle of an epoch too, when a pipeline is the training loader.
 
@@ -176,6 +178,7 @@ class AVPipeline:
         self.skipped: dict[str, str] = {}
         # Batches of the epoch that were handed out, and how many of them the next iteration leaves out.
         self._done = self._start = 0
+        self._stream: Iterator[dict[str, Any]] | None = None
         self.backend = choose(backend, dataset, self.device)
         self._backend = _build(self.backend)(
             Items(dataset, on_error, seed), batch_size=batch_size, device=self.device, workers=workers
@@ -206,7 +209,10 @@ class AVPipeline:
         # A generator: nothing happens before the first batch is asked for, and Lightning makes iterators that it drops again.
         epoch, done, self._start = self.epoch, self._start, 0
         batches = self.batches(epoch)
-        stream = self._backend.run(batches[done:], epoch)
+        # A backend makes one stream at a time, and there is one place in the epoch: an older iteration is over.
+        if self._stream is not None:
+            self._stream.close()
+        stream = self._stream = self._backend.run(batches[done:], epoch)
         try:
             for batch in stream:
                 self._note(batch.pop(SKIPPED, {}))
@@ -217,6 +223,8 @@ class AVPipeline:
                 if done == len(batches):
                     stream.close()
                 yield batch
+            if done < len(batches):
+                raise RuntimeError("this iteration is over, because another one of the same pipeline was begun meanwhile")
         finally:
             stream.close()
 

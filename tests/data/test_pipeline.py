@@ -212,6 +212,22 @@ def test_an_iteration_left_early_begins_anew():
     assert again.epoch == 1
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_iteration_at_a_time(workers):
+    """A second one has all batches; the first does not go on among them, and leaves the second's place alone."""
+    pipe = AVPipeline(Numbers(9), 2, workers=workers)
+    first = iter(pipe)
+    next(first)
+    second = iter(pipe)
+    batches = [next(second)]
+    with pytest.raises(RuntimeError, match="another one of the same pipeline was begun"):
+        next(first)
+    assert pipe.state_dict()["batch"] == 1
+    assert ids([*batches, *second]) == list(range(9))
+    assert pipe.epoch == 1
+    assert not children()
+
+
 def test_a_state_of_another_order_is_refused():
     pipe = AVPipeline(Numbers(9), 2, seed=1, workers=0)
     state = pipe.state_dict()
