@@ -123,8 +123,10 @@ def frames_to_tensor(frames: Tensor, config: VideoConfig, augmentation: Augmenta
     if augmentation is None:
         images = _crop(images, size) if config.resize == "crop" else _squash(images, size)
         return _normalise(images, config.layout)
-    for operator in augmentation.operators:
-        images = OPERATIONS[operator.name](images.contiguous(), operator.magnitude, operator.sign)
+    # Autocast is for models: in bfloat16, the grid of a turned image is off by many pixels.
+    with torch.autocast(frames.device.type, enabled=False):
+        for operator in augmentation.operators:
+            images = OPERATIONS[operator.name](images.contiguous(), operator.magnitude, operator.sign)
     height, width = images.shape[2:]
     top, left, height, width = augmentation.crop.within(height, width) or _central(height, width)
     # Normalising is the same for every pixel, and weights of an interpolation add up to 1: their order does not matter.

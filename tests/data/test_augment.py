@@ -334,3 +334,12 @@ def test_same_on_a_gpu():
         apart = (frames_to_tensor(images.cuda(), AVE, augmentation).cpu() - frames_to_tensor(images, AVE, augmentation)).abs()
         # Grey levels may be rounded differently; what solarises or posterises afterwards makes that larger, in few places.
         assert apart.mean() < 0.02
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_autocast_changes_nothing(name):
+    frames = torch.from_numpy(smooth(2, 60, 80))
+    augmentation = replace(NOTHING, operators=(Operator(name, 7.0, 1),))
+    expected = frames_to_tensor(frames, AVE, augmentation)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(frames_to_tensor(frames, AVE, augmentation), expected)
