@@ -16,6 +16,10 @@ from .video import MISSING_SECONDS, check_file
 PCM = 1
 # A wav that was written into a pipe says that it has this much, or up to four GiB: nobody knew.
 UNKNOWN_BYTES = 0x7FFFF000
+# Of sound. What a damaged header says beyond them would make gigabytes of a second.
+RATES = range(1000, 768001)
+# Far beyond whole numbers of 32 bits that somebody calls floating point ones; energies of larger ones overflow.
+LOUDEST = 2.0**40
 
 
 def read_audio(path: str | os.PathLike[str], sample_rate: int = 16000) -> Tensor:
@@ -36,15 +40,18 @@ def read_audio(path: str | os.PathLike[str], sample_rate: int = 16000) -> Tensor
 
     Raises:
         MediaError: the file is not there or can not be read, has no audio track, is cut off or damaged, changes its format on
-            the way, holds something that is not a finite number, or is too short; the text says which.
+            the way, holds something that is no number or beyond all sound, or is too short; the text says which.
     """
     check_file(path)
     try:
         samples, rate = _read_wav(path) or _decode(path)
+        if rate not in RATES:
+            raise MediaError(path, f"its sample rate is {rate} Hz, expected {RATES[0]} to {RATES[-1]} Hz")
         mono = _mono(samples)
-        if not bool(mono.isfinite().all()):
-            first = int(mono.isfinite().int().argmin())
-            raise MediaError(path, f"its sample {first} of {len(mono)} is {mono[first]}, expected finite numbers")
+        sound = mono.abs() < LOUDEST  # NaN is not
+        if not bool(sound.all()):
+            first = int(sound.int().argmin())
+            raise MediaError(path, f"its sample {first} of {len(mono)} is {mono[first]:g}, expected finite numbers in [-1, 1]")
         if rate != sample_rate:
             mono = _resampled(mono, rate, sample_rate)
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -90,6 +97,8 @@ def _decode(path: str | os.PathLike[str]) -> tuple[np.ndarray, int]:
     with av.open(os.path.abspath(path), metadata_errors="replace") as container:
         stream = container.streams.best("audio")
         if stream is None:
+            if container.streams.audio:
+                raise MediaError(path, "its audio track has no channels or no sample rate")
             kinds = ", ".join(sorted({other.type for other in container.streams})) or "nothing"
             raise MediaError(path, f"it has no audio track, only {kinds}")
         if stream.codec_context is None:
@@ -142,5 +151,5 @@ def _resampled(mono: Tensor, rate: int, sample_rate: int) -> Tensor:
     frame = av.AudioFrame.from_ndarray(mono.numpy()[None], format="fltp", layout="mono")
     frame.sample_rate = rate
     resampler = av.AudioResampler(format="fltp", layout="mono", rate=sample_rate)
-    blocks = [block.to_ndarray() for block in (*resampler.resample(frame), *resampler.resample(None))]
-    return torch.from_numpy(np.concatenate(blocks, axis=1)[0])
+    blocks = [block.to_ndarray()[0] for block in (*resampler.resample(frame), *resampler.resample(None))]
+    return torch.from_numpy(np.concatenate(blocks)) if blocks else mono[:0]

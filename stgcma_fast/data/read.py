@@ -8,7 +8,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -19,7 +18,7 @@ from .config import MediaConfig, VideoConfig
 from .errors import MediaError
 from .fbank import filterbanks
 from .sample import Frames, Sample
-from .video import check_file, read_frames
+from .video import opened_image, read_frames
 
 # Of a mask in shades of grey: the sound's source is brighter.
 GREY = 127
@@ -141,17 +140,9 @@ def read_mask(path: Path) -> Tensor:
     Raises:
         MediaError: the file is not there or not an image.
     """
-    check_file(path)
-    try:
-        with Image.open(path) as image:
-            if image.mode in ("1", "L", "LA"):
-                mask = np.asarray(image.convert("L")) > GREY
-            elif image.mode[0] in "IF":
-                raise MediaError(path, f"its pixels have more than 8 bits (mode {image.mode})")
-            else:
-                mask = np.asarray(image.convert("RGB")).any(2)
-    except UnidentifiedImageError as error:
-        raise MediaError(path, "it is not an image") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MediaError(path, f"it can not be read as an image: {error}") from error
+    with opened_image(path) as image:
+        if image.mode in ("1", "L", "LA"):
+            mask = np.asarray(image.convert("L")) > GREY
+        else:
+            mask = np.asarray(image.convert("RGB")).any(2)
     return torch.from_numpy(mask)

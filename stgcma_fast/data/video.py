@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +20,10 @@ from torch import Tensor
 from .errors import MediaError
 from .sample import Frames
 
-# 8K has 7680 x 4320. What claims to be larger is taken for damaged before anything of its size is allocated.
+# 8K has 7680 x 4320. What claims to be larger is taken for damaged before anything of its size is allocated. So is a sliver,
+# which would be large when its shorter side is resized.
 LARGEST_SIDE = 8192
+LARGEST_RATIO = 32
 # From YUV to RGB, whatever a file says: so do DALI and OpenCV, and so are frames read that FFmpeg wrote as JPEG.
 MATRIX = Colorspace.ITU601
 # Matroska says how long a file is; one that ends so much earlier (in seconds) was cut off.
@@ -106,18 +110,22 @@ def opened(path: str | os.PathLike[str]) -> Iterator[tuple[av.container.InputCon
             context = stream.codec_context
             if context is None:
                 raise MediaError(path, "there is no decoder for its video track")
-            _check_size(path, context.width, context.height)
+            check_size(path, context.width, context.height)
             yield container, stream
     except (av.FFmpegError, OSError) as error:
         raise MediaError(path, f"it can not be read: {error.strerror}") from error
 
 
 def check_file(path: str | os.PathLike[str]) -> None:
-    if not os.path.exists(path):
-        raise MediaError(path, "there is no such file")
-    if os.path.isdir(path):
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # the last, of a name with a zero in it
+        raise MediaError(path, "there is no such file") from error
+    except OSError as error:  # a folder that may not be entered
+        raise MediaError(path, f"it can not be read: {error.strerror}") from error
+    if stat.S_ISDIR(status.st_mode):
         raise MediaError(path, "it is a folder, not a file")
-    if not os.path.getsize(path):
+    if not status.st_size:
         raise MediaError(path, "it is empty (0 bytes)")
 
 
@@ -162,8 +170,8 @@ def _decode(path: str | os.PathLike[str], context: av.VideoCodecContext, track: 
     """Images ``[H, W, 3]`` of the wanted frames."""
     # Loaders run a process for each core: more threads would only wait for each other.
     context.thread_count = 1
-    # Otherwise damage is covered up with what is around it.
-    context.options = {"err_detect": "explode"}
+    # Otherwise damage is covered up with what is around it. Packets may claim another size than the header.
+    context.options = {"err_detect": "explode", "max_pixels": str(LARGEST_SIDE**2)}
     context.open()
     reformatter = VideoReformatter()
     by_time = {track.packets[track.shown[rank]].pts: rank for rank in wanted}
@@ -183,13 +191,19 @@ def _decode(path: str | os.PathLike[str], context: av.VideoCodecContext, track: 
                 image = reformatter.reformat(
                     frame, format="rgb24", src_colorspace=MATRIX, dst_colorspace=MATRIX, threads=1
                 ).to_ndarray()
-                images[rank] = torch.from_numpy(np.rot90(image, frame.rotation // 90).copy())
+                images[rank] = torch.from_numpy(np.rot90(image, quarters(frame)).copy())
                 if len(images) == len(wanted):
                     return images
         except av.FFmpegError as error:
             trouble = error
     missing = min(wanted - images.keys())
     raise MediaError(path, f"it is damaged: frame {missing + 1} of {len(track.shown)} can not be decoded") from trouble
+
+
+def quarters(frame: av.VideoFrame) -> int:
+    """By how many quarters it is to be turned, to the nearest, for FFmpeg's degrees are cut to whole ones."""
+    # A matrix of zeros, as some programs write it, has no angle: FFmpeg gives the lowest number there is.
+    return round(frame.rotation / 90) if abs(frame.rotation) <= 180 else 0
 
 
 def _everything(context: av.VideoCodecContext, track: _Track) -> Iterator[av.VideoFrame]:
@@ -227,22 +241,31 @@ def _read_images(paths: Sequence[Path]) -> Tensor:
 
 
 def _read_image(path: Path) -> Tensor:
+    with opened_image(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB")))
+
+
+@contextmanager
+def opened_image(path: Path) -> Iterator[Image.Image]:
+    """An image of 8 bits a number; whatever PIL finds wrong within is a `MediaError`."""
     check_file(path)
     try:
-        with Image.open(path) as image:
-            _check_size(path, *image.size)
+        # From memory: of a file, PIL would allocate what a damaged header says before it finds that there is not so much.
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            check_size(path, *image.size)
             if image.mode[0] in "IF":
                 raise MediaError(path, f"its pixels have more than 8 bits (mode {image.mode})")
-            return torch.from_numpy(np.array(image.convert("RGB")))
+            yield image
     except UnidentifiedImageError as error:
         raise MediaError(path, "it is not an image") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MediaError(path, f"it can not be read as an image: {error}") from error
 
 
-def _check_size(path: str | os.PathLike[str], width: int, height: int) -> None:
-    if max(width, height) > LARGEST_SIDE:
-        raise MediaError(path, f"its frames are {width}x{height}; at most {LARGEST_SIDE} a side are read")
+def check_size(path: str | os.PathLike[str], width: int, height: int) -> None:
+    if max(width, height) > min(LARGEST_SIDE, LARGEST_RATIO * min(width, height)):
+        limits = f"at most {LARGEST_SIDE} a side are read, and {LARGEST_RATIO} times the other side"
+        raise MediaError(path, f"its frames are {width}x{height}; {limits}")
 
 
 def _check_sizes(images: Mapping[Path, Tensor]) -> None:

@@ -234,6 +234,20 @@ def too_large(path):
     write_float_wav(path, np.where(np.arange(800) == 17, 1e300, tone(800)), bits=64)
 
 
+def too_loud(path):
+    """Finite in float32, but its energy is not."""
+    write_float_wav(path, np.where(np.arange(800) == 17, 1e25, tone(800)))
+
+
+def _wav_header(place, form, number):
+    def make(path):
+        content = bytearray(write_wav(path, noise(800)).read_bytes())
+        struct.pack_into(form, content, place, number)
+        path.write_bytes(content)
+
+    return make
+
+
 def damaged_flac(path):
     content = bytearray(encode(path, noise(32000), codec="flac", container="flac").read_bytes())
     content[len(content) // 2 : len(content) // 2 + 5000] = bytes(5000)
@@ -266,6 +280,12 @@ def damaged_m4a(path):
         (nan, "its sample 17 of 800 is nan, expected finite numbers"),
         (infinite, "its sample 17 of 800 is -inf"),
         (too_large, "its sample 17 of 800 is inf"),
+        (too_loud, r"its sample 17 of 800 is 1e\+25, expected finite numbers"),
+        # A rate of 1 Hz made gigabytes of a second, one of 2^31 an OverflowError.
+        (_wav_header(24, "<I", 1), "its sample rate is 1 Hz, expected 1000 to 768000 Hz"),
+        (_wav_header(24, "<I", 2**31), "its sample rate is 2147483648 Hz"),
+        (_wav_header(24, "<I", 768000), "it has 0 samples at 16000 Hz, expected at least 400"),
+        (_wav_header(22, "<H", 0), "its audio track has no channels or no sample rate"),
         (damaged_flac, r"it is cut off or damaged: \d+ of 32000 samples can be decoded"),
         (damaged_m4a, "its audio is damaged near"),
     ],

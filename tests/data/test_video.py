@@ -1,9 +1,11 @@
 """The right frames of every kind of container, to the bit, and a named cause where there are none."""
 
 import os
+import resource
 import shutil
 import struct
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stgcma_fast.data import video
 from stgcma_fast.data.errors import MediaError
 from stgcma_fast.data.sample import Frames
 from stgcma_fast.data.video import frame_indices, read_frames
@@ -186,6 +189,20 @@ def test_turned_as_displayed(rotation, turned, make_video, tmp_path):
     assert upright.shape == ((3, 64, 48, 3) if turned % 2 else (3, 48, 64, 3))
 
 
+ANGLES = {0: 0, -1: 0, 30: 0, -30: 0, 89: 3, 91: 3, -89: 1, -91: 1, 179: 2, -179: 2}
+
+
+@pytest.mark.parametrize(("angle", "turned"), [*ANGLES.items(), (None, 0)])
+def test_turned_to_the_nearest_quarter(angle, turned, make_video, tmp_path):
+    """A turn of 1 degree to the right was one of 90, one of 89 was none, and one by a matrix of zeros upside down."""
+    path = make_video(tmp_path / "clip.mp4", frames=3)
+    flat = decode(path)
+    cos, sin = (0, 0) if angle is None else (round(65536 * wave(np.radians(angle))) for wave in (np.cos, np.sin))
+    matrix = struct.pack(">9i", cos, sin, 0, -sin, cos, 0, 0, 0, angle is not None and 1 << 30)
+    overwrite(path, path.read_bytes().index(b"tkhd") + 44, matrix)
+    assert np.array_equal(read(path, 3).numpy(), np.stack([np.rot90(image, turned) for image in flat]))
+
+
 def test_size_changes_midway(make_video, tmp_path):
     path = tmp_path / "clip.h264"
     parts = [make_video(tmp_path / f"{size[0]}.h264", frames=10, size=size) for size in ((64, 48), (32, 32))]
@@ -310,6 +327,7 @@ def test_refusals(make_video, tmp_path, monkeypatch):
     (tmp_path / "text.mp4").write_text("not a video\n" * 99)
     (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(9999))
     make_video(tmp_path / "wide.avi", frames=1, size=(8208, 16), codec="mjpeg", pixels="yuvj420p")
+    make_video(tmp_path / "sliver.avi", frames=1, size=(16, 528), codec="mjpeg", pixels="yuvj420p")
     causes = {
         "missing.mp4": "there is no such file",
         ".": "it is a folder, not a file",
@@ -318,6 +336,7 @@ def test_refusals(make_video, tmp_path, monkeypatch):
         "noise.mp4": "it can not be read: Invalid data found",
         "sound.m4a": "it has no video track, only audio",
         "wide.avi": "its frames are 8208x16; at most 8192 a side are read",
+        "sliver.avi": "its frames are 16x528; at most 8192 a side are read, and 32 times the other side",
     }
     before = os.listdir("/proc/self/fd")
     for name, cause in causes.items():
@@ -334,6 +353,36 @@ def test_refusals(make_video, tmp_path, monkeypatch):
     monkeypatch.setattr(av, "open", refuse)
     with pytest.raises(MediaError, match="it can not be read: Permission denied"):
         read(sound)
+
+
+def test_a_folder_that_may_not_be_entered(clips, monkeypatch):
+    """It was told that there is no such file."""
+    path = clips("h264_bframes.mp4")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", args[0])
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(MediaError, match="it can not be read: Permission denied"):
+        read(path)
+
+
+def test_names_that_no_file_can_have():
+    for name, cause in (("a\0b.mp4", "there is no such file"), ("x" * 300, "it can not be read: File name too long")):
+        with pytest.raises(MediaError, match=cause):
+            read(Path(name))
+    with pytest.raises(MediaError, match="there is no such file"):
+        read(Path(__file__, "clip.mp4"))
+
+
+def test_frames_larger_than_the_header_says(make_video, tmp_path, monkeypatch):
+    """The decoder refuses them before it allocates them."""
+    monkeypatch.setattr(video, "LARGEST_SIDE", 64)
+    parts = [make_video(tmp_path / f"{side}.h264", frames=9, size=(side, side)) for side in (64, 128)]
+    (tmp_path / "clip.h264").write_bytes(b"".join(part.read_bytes() for part in parts))
+    assert read(parts[0], 3).shape == (3, 64, 64, 3)
+    with pytest.raises(MediaError, match=r"it is damaged: frame \d+ of 18 can not be decoded"):
+        read(tmp_path / "clip.h264", 3)
 
 
 def test_a_picture_of_the_cover_is_no_video(make_video, tmp_path):
@@ -391,6 +440,8 @@ def test_refused_images(folder):
     Image.fromarray(np.zeros((48, 64), np.uint16)).save(folder / "deep.png")
     Image.fromarray(numbered_frame(0, 48, 64)).save(folder / "portrait.png")
     Image.fromarray(np.zeros((1, 8193, 3), np.uint8)).save(folder / "wide.png")
+    # With its shorter side resized to 224 pixels, it would have 400 million.
+    Image.fromarray(np.zeros((1, 8192, 3), np.uint8)).save(folder / "sliver.png")
     causes = {
         "cut.png": "it can not be read as an image: .*truncated",
         "zero.png": "it is empty",
@@ -400,6 +451,7 @@ def test_refused_images(folder):
         "deep.png": "its pixels have more than 8 bits",
         "portrait.png": "it is 48x64, but 0001.png of the same clip 64x48",
         "wide.png": "its frames are 8193x1; at most 8192",
+        "sliver.png": "its frames are 8192x1; .*and 32 times the other side",
     }
     for name, cause in causes.items():
         with pytest.raises(MediaError, match=cause) as raised:
@@ -407,3 +459,19 @@ def test_refused_images(folder):
         assert raised.value.path == str(folder / name)
         # What is not among the frames asked for is not opened.
         assert read_frames(Frames((good, folder / name), (0,), 2)).shape == (1, 48, 64, 3)
+
+
+def test_an_image_whose_header_says_gigabytes(folder):
+    """PIL asked for as much memory as a part's length says, and a MemoryError came of it."""
+    good = folder / "0001.png"
+    data = good.read_bytes()
+    position = data.index(b"IDAT") - 4
+    (folder / "part.png").write_bytes(data[:position] + struct.pack(">I", 0xFFFFFFF0) + data[position + 4 :])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + (1 << 30), limits[1]))
+    try:
+        images = read_frames(Frames((good, folder / "part.png"), (0, 1), 2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert torch.equal(images[0], images[1])
