@@ -77,7 +77,7 @@ def pack(
 
     Raises:
         FileExistsError: it is there already.
-        ValueError: a data set with ``train``, or arguments out of range.
+        ValueError: a data set with ``train``, arguments out of range, or different clips of one name.
         MediaError: a file is broken.
     """
     if dataset.train:
@@ -170,6 +170,11 @@ def _encode(dataset: MediaDataset, frames: FrameFormat, short_side: int, items: 
     """Members of a clip's sample, by the ends of their names; ``items`` are the data set's about the clip."""
     samples = [dataset.sample(index) for index in items]
     sample, config, resize = samples[0], dataset.config, dataset.config.video.resize
+    for other in samples:
+        if (other.video, other.audio, other.masks) != (sample.video, sample.audio, sample.masks):
+            raise ValueError(
+                f"{sample.id}: got two clips of this name, {sample.video.name} and {other.video.name}, expected one"
+            )
     numbers: dict[bytes, int] = {}  # a frame that is in several places is there once
     places = {}
     for count in dataset.places:

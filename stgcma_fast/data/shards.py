@@ -54,7 +54,7 @@ class PackedMedia(ABC):
 
     def about(self, clip: str) -> dict[str, Any]:
         """What the clip's ``json`` says."""
-        return json.loads(self.members(clip, ["json"])[0])
+        return self._decoded(clip, json.loads, self.members(clip, ["json"])[0])
 
     def frames(self, frames: Frames) -> Tensor:
         clip = frames.source.stem if isinstance(frames.source, Path) else frames.name.name
@@ -149,6 +149,8 @@ class Shards(PackedMedia):
                 for name in names:
                     file.seek(places[name][0])
                     parts.append(file.read(places[name][1]))
+        except KeyError as error:
+            raise MediaError(self.where(clip), f"its sample has no {error}") from error
         except OSError as error:
             raise MediaError(tar, f"it can not be read: {error.strerror}") from error
         return parts
@@ -247,7 +249,7 @@ def stream_shards(
 
     Raises:
         ValueError: a rank or a worker has no shard.
-        MediaError: while iterating, a sample is broken.
+        MediaError: while iterating, a sample is broken; with workers, a RuntimeError with its text.
     """
     import webdataset
 

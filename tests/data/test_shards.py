@@ -368,6 +368,39 @@ def test_damaged_shards(copy):
         ShardDataset(copy, "train", config("avs"))
 
 
+@pytest.mark.parametrize(("member", "cause"), [("json", "it is damaged"), ("wav", "its sample has no 'wav'")])
+def test_damaged_samples_are_named_and_replaced(copy, member, cause):
+    """What the json of a clip says can not be read, or its index does not know its sound."""
+    first, *_ = sorted((copy / "train").glob("*.tar"))
+    with tarfile.open(first) as tar:
+        place = next(info for info in tar if info.name.endswith(".json")).offset_data
+    if member == "json":
+        with open(first, "r+b") as file:
+            file.seek(place)
+            file.write(b"?")
+    else:
+        index = first.with_suffix(".idx")
+        index.write_text(index.read_text().replace(" wav ", " wave ", 1))
+    shards = ShardDataset(copy, "train", config("avs"))
+    clip = shards.sample(0).id
+    with pytest.raises(MediaError, match=f"{first.name}/{clip}: {cause}"):
+        list(AVPipeline(shards, 2, workers=0))
+    pipe = AVPipeline(shards, 2, workers=0, on_error="skip")
+    assert sum(len(batch["id"]) for batch in pipe) == len(shards)
+    assert list(pipe.skipped) == [f"{first}/{clip}"]
+
+
+def test_two_clips_of_one_name_are_not_packed(roots, tmp_path):
+    """AVSBench has its clips by category; shards have them by name."""
+    root = shutil.copytree(roots["avs"], tmp_path / "root")
+    for kind in ("visual_frames", "gt_masks", "audio_wav"):
+        shutil.copytree(root / kind / "train" / "cat", root / kind / "train" / "dog")
+    with open(root / "s4_meta_data.csv", "a") as table:
+        table.write(f"{CLIPS[0]},x,dog,train\n")
+    with pytest.raises(ValueError, match=f"^{CLIPS[0]}: got two clips of this name, .*cat/{CLIPS[0]} and .*dog/{CLIPS[0]}"):
+        pack(open_dataset("avs", root, "train", config("avs")), tmp_path / "out", short_side=56, workers=0)
+
+
 def urls(folder):
     return [str(path) for path in sorted((folder / "train").glob("*.tar"))]
 
