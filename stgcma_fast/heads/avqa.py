@@ -19,5 +19,5 @@ def avqa_loss(
         match_weight: of the second term, a mean over both kinds of match.
     """
     matches = torch.stack([match_positive, match_negative], 1).flatten(0, 1)  # positive, negative, positive, ...
-    wanted = torch.tensor([1, 0], device=label.device).repeat(len(match_positive))
+    wanted = 1 - torch.arange(len(matches), device=label.device) % 2
     return F.cross_entropy(answers, label) + match_weight * F.cross_entropy(matches, wanted)

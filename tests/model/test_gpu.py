@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import stgcma_fast as sf
-from tests.support.models import inputs, seed, tiny_config
+from tests.support.models import inputs, seed, task_inputs, tiny_config
 
 pytestmark = pytest.mark.gpu
 
@@ -49,6 +49,35 @@ def test_autocast_errors_are_those_of_the_reference(arch, dtype):
             got = _gradients(model, *batch)
         assert all(x.isfinite().all() for x in got)
         errors.append([float((g.double() - w).norm() / w.norm()) for g, w in zip(got, exact, strict=True)])
+    low, fast = errors
+    assert fast[0] <= 2 * low[0] + torch.finfo(dtype).eps
+    assert fast[1] <= 3 * low[1] + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("task", ["avs", "avqa"])
+def test_other_tasks_err_as_the_reference(task, dtype):
+    """The scores, and the gradients all in one vector."""
+    config = tiny_config("swin", task=task)
+    arguments, loss_of = task_inputs(config)
+    arguments = [x.cuda() for x in arguments]
+
+    def run(model, *arguments):
+        out = model(*arguments)
+        # The loss on the CPU, where its targets are.
+        loss_of([x.cpu().double() for x in (out if task == "avqa" else out[:1])]).backward()
+        return out[0].detach().double(), torch.cat(
+            [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        ).double()
+
+    exact = seed(sf.reference.ReferenceSTGCMA(config)).cuda().double().eval()
+    wanted = run(exact, *(x.double() if x.is_floating_point() else x for x in arguments))
+    errors = []
+    for cls in (sf.reference.ReferenceSTGCMA, sf.FastSTGCMA):
+        model = seed(cls(config)).cuda().eval()
+        with torch.autocast("cuda", dtype):
+            got = run(model, *arguments)
+        errors.append([float((g - w).norm() / w.norm()) for g, w in zip(got, wanted, strict=True)])
     low, fast = errors
     assert fast[0] <= 2 * low[0] + torch.finfo(dtype).eps
     assert fast[1] <= 3 * low[1] + torch.finfo(dtype).eps
