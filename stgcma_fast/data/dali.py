@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import av
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -40,7 +39,7 @@ from .pipeline import SKIPPED, Dataset, Items
 from .read import FILES, read_masks, read_waveforms
 from .sample import Frames, Sample
 from .torch_backend import _cores
-from .video import opened, quarters, read_frames, scan, uniform
+from .video import opened, opened_image, quarters, read_frames, scan, uniform
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
@@ -363,11 +362,12 @@ def _turns(context: av.VideoCodecContext, packets: Sequence[av.Packet]) -> int |
 
 def _images(frames: Frames) -> _Encoded | None:
     paths = [frames.source[index] for index in uniform(len(frames.source), frames.slots, frames.of)]
+    # All are of one size, or they do not become one tensor.
+    with opened_image(paths[0]) as image:
+        width, height = image.size
     try:
         data = [np.fromfile(path, np.uint8) for path in paths]
-        with Image.open(paths[0]) as image:
-            width, height = image.size
-    except (OSError, SyntaxError, ValueError):
+    except OSError:
         return None
     return _Encoded(frames, data, (height, width)) if all(map(_whole, data)) else None
 

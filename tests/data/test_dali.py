@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import struct
 import threading
 import wave
 import weakref
+import zlib
 from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
@@ -88,6 +90,14 @@ def write_wav(path, seed, seconds=0.6, rate=16000, channels=1):
         file.setframerate(rate)
         file.writeframes(samples.tobytes())
     return path
+
+
+def empty_png(width, height):
+    """A header, and hardly any pixels behind it."""
+    parts = {b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT": zlib.compress(bytes(9)), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts.items()
+    )
 
 
 def write_images(folder, images, ending="jpg"):
@@ -425,6 +435,9 @@ def test_broken_images_and_sound_are_named(tmp_path, ave):
         for name in ("cut.jpg", "damaged.jpg", "text.png", "missing.jpg")
     ]
     cases.append(((*images[:2], other[2], images[3]), audio, "other"))
+    for side in (9000, 20000):  # what the header claims; PIL itself refuses the second
+        (tmp_path / f"{side}.png").write_bytes(empty_png(side, side))
+        cases.append(((tmp_path / f"{side}.png",) * T, audio, f"{side}.png: .*({side}x{side}|Image size)"))
     (tmp_path / "silent.wav").write_bytes(b"")
     cases.append((images, tmp_path / "silent.wav", "silent.wav"))
     for source, sound, name in cases:
