@@ -31,7 +31,7 @@ from .config import DataTask
 from .dataset import SPLITS, MediaDataset, open_dataset
 from .read import whole_masks
 from .sample import Frames
-from .shards import ANNOTATIONS, INDEX, VERSION
+from .shards import ANNOTATIONS, CLIPS, INDEX, VERSION
 from .torch_backend import in_order
 from .video import read_frames
 
@@ -57,7 +57,8 @@ def pack(
 
     A shard is a tar with a sample, in WebDataset's sense, for each clip: ``wav``; frames as ``00.jpg`` or ``00.npy`` (uint8
     ``[H, W, 3]``); masks as ``mask.0.png``; and ``json`` with "id", "items" (targets and words), "places" (which of its frames
-    each place is), their "suffix", and names of the "masks". Beside it is an index, as ``wds2idx`` makes it for DALI.
+    each place is), their "suffix", and names of the "masks". The last one has ``clips``, too: how many are in the shard. Beside
+    it is an index, as ``wds2idx`` makes it for DALI.
 
     Frames and sound are read as training reads them. Frames whose shorter side is longer than ``short_side`` are resized to
     it as the task resizes them: evaluation gets the same numbers then, but for what JPEG loses, and the rounding to whole grey
@@ -141,27 +142,31 @@ class _Shard:
         self._path = path
         self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         self._clips: list[str] = []
-        self._lines: list[str] = []
+        self._lines: list[list[str]] = []
 
     @property
     def size(self) -> int:
         return self._tar.offset
 
     def add(self, key: str, clip: str, members: dict[str, bytes]) -> None:
-        fields = []
-        for name, data in members.items():
-            info = tarfile.TarInfo(f"{key}.{name}")
-            info.size = len(data)
-            fields.append(f"{name} {self._tar.offset + tarfile.BLOCKSIZE} {info.size} {info.name}")
-            self._tar.addfile(info, io.BytesIO(data))
         self._clips.append(clip)
-        self._lines.append(" ".join(fields))
+        self._lines.append([])
+        self._key = key
+        for name, data in members.items():
+            self._write(name, data)
+
+    def _write(self, name: str, data: bytes) -> None:
+        info = tarfile.TarInfo(f"{self._key}.{name}")
+        info.size = len(data)
+        self._lines[-1].append(f"{name} {self._tar.offset + tarfile.BLOCKSIZE} {info.size} {info.name}")
+        self._tar.addfile(info, io.BytesIO(data))
 
     def close(self) -> dict[str, Any]:
         """What the index says about it."""
+        self._write(CLIPS, str(len(self._clips)).encode())
         self._tar.close()
         data = self._path.read_bytes()
-        self._path.with_suffix(".idx").write_text("\n".join([f"v1.2 {len(self._lines)}", *self._lines, ""]))
+        self._path.with_suffix(".idx").write_text("\n".join([f"v1.2 {len(self._lines)}", *map(" ".join, self._lines), ""]))
         checksum = hashlib.sha256(data).hexdigest()
         return {"name": self._path.name, "size": len(data), "sha256": checksum, "clips": self._clips}
 

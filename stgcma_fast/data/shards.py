@@ -10,6 +10,7 @@ import os
 import wave
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ from .sample import Frames, Mix, Sample
 # In a split's folder: what is said about all its shards, written last, and a copy of the data set's annotations.
 INDEX, ANNOTATIONS = "index.json", "annotations"
 VERSION = 1
+# Member of a shard's last sample: how many there are. A tar that was cut off between two members ends as one that was not.
+CLIPS = "clips"
 # Clips of a stream that another one's audio and negatives are taken from.
 NEIGHBOURS = 16
 
@@ -274,6 +277,8 @@ class _Nearby(PackedMedia):
         self.clips: dict[str, dict[str, Any]] = {}
 
     def add(self, sample: dict[str, Any]) -> str:
+        if "json" not in sample:
+            raise MediaError(sample["__url__"], f"its sample {sample['__key__']} has no 'json', expected what `pack` writes")
         clip = json.loads(sample["json"])["id"]
         self.clips.pop(clip, None)
         self.clips[clip] = sample
@@ -297,8 +302,14 @@ def _items(
     """Items of a stream's clips. Those of a clip wait until the next has come, so that even the first has a neighbour."""
     nearby = _Nearby()
     waiting = None
+    there: Counter[str] = Counter()
+    expected: dict[str, int] = {}
     for sample in itertools.chain(samples, [None]):
         clip = nearby.add(sample) if sample else None
+        if sample:
+            there[sample["__url__"]] += 1
+            if CLIPS in sample:
+                expected[sample["__url__"]] = int(sample[CLIPS])
         if waiting:
             about = nearby.about(waiting)
             for number, item in enumerate(about["items"]):
@@ -306,6 +317,9 @@ def _items(
                 whole = _sample(about, item, list(nearby.clips), config, train, draws)
                 yield {**read_sample(whole, config, nearby), **whole.meta, "id": whole.id}
         waiting = clip
+    for url, count in there.items():
+        if count != expected.get(url):
+            raise MediaError(url, f"it is cut off: {count} clips came, expected {expected.get(url, 'more')}")
 
 
 def _sample(

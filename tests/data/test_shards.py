@@ -424,6 +424,22 @@ def test_stream_gives_what_the_files_give(task, packed):
     assert seen == {clip: len(own) for clip, own in expected.items()}
 
 
+@pytest.mark.parametrize("shuffle", [0, 4])
+def test_a_stream_that_is_cut_off_is_told(shuffle, roots, tmp_path):
+    """Between two clips, where the rest is a whole tar, too; and a tar of something else."""
+    folder = pack(open_dataset("avs", roots["avs"], "train", config("avs")), tmp_path, workers=0)
+    with tarfile.open(folder / "train-000000.tar") as tar:
+        last = [info.offset for info in tar if info.name.endswith(".json")][-1]
+    path = tmp_path / "cut.tar"
+    path.write_bytes((folder / "train-000000.tar").read_bytes()[:last])
+    with pytest.raises(MediaError, match=r"cut.tar: it is cut off: 3 clips came, expected more"):
+        list(stream_shards([str(path)], config("avs"), 1, shuffle=shuffle))
+    with tarfile.open(path, "w") as tar:
+        tar.add(__file__, "0.txt")
+    with pytest.raises(MediaError, match=r"cut.tar: its sample 0 has no 'json'"):
+        list(stream_shards([str(path)], config("ave"), 1, shuffle=shuffle))
+
+
 def test_stream_is_shared_by_ranks_and_workers(packed):
     """Every shard is read by one worker of one rank; seed and epoch decide order and draws."""
     paths = urls(packed["ave"])
