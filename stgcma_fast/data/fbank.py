@@ -112,7 +112,8 @@ def _tables(
         used = group.any(1).nonzero()
         start, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
         groups.append((first, first + group.shape[1], start, group[start:end].to(device, dtype)))
-    return torch.hann_window(size, periodic=False, dtype=dtype, device=device), groups
+    # Made on the processor, too: a copy waits until it is there, so that every stream may use what is cached.
+    return torch.hann_window(size, periodic=False, dtype=dtype).to(device), groups
 
 
 @torch.no_grad()
