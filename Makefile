@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The commit that results are kept under where there is no .git: COMMIT=... with any target.
 export COMMIT
-.PHONY: venv bench tables resources test test-slow lint test-gpu bench-cpu bench-gpu bench-gpu-models bench-gpu-compiled tune
+.PHONY: venv bench tables resources test test-slow lint test-gpu bench-cpu bench-data bench-gpu bench-gpu-models bench-gpu-compiled tune
 
 venv: .venv/.installed
 
@@ -44,6 +44,9 @@ bench-cpu: venv
 	@$(BEGIN) \
 	$(foreach arch,swin_l clip_b16,$(THROUGHPUT) $(arch) --dtype float32 bfloat16 --steps 5 --device cpu --json auto $(END)) \
 	exit $$failed
+
+bench-data: venv
+	$(BIN)/python benchmarks/data.py --task ave --arch swin_l --json auto
 
 # A GPU may be lent for ten minutes at a time: each target fits into that by the limits of its parts, in seconds. What matters most
 # comes first, and what is compiled, which takes minutes, last.

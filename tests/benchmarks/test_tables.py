@@ -156,7 +156,7 @@ def test_profile_adds_the_directions_of_a_class():
     assert cells(text, *names, "a step without the profiler")[5:] == ["900", "200"]
 
 
-@pytest.mark.parametrize("part", ["operators", "scaling", "profile"])
+@pytest.mark.parametrize("part", ["operators", "scaling", "profile", "data"])
 def test_a_part_that_nobody_measured(part):
     assert tables.GENERATORS[part]([results(throughput=pair(2, 1))]) == "Not measured yet."
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from stgcma_fast import cli
 from stgcma_fast.config import BACKBONES
 from tests.support.models import inputs
 
@@ -27,6 +28,19 @@ def test_five_lines_run(tmp_path, monkeypatch):
     names = {"torch": torch, "audio": audio, "video": video}
     exec(re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1), names)
     assert names["logits"].shape == (10, 29)
+
+
+def test_reading_media_runs(tmp_path, monkeypatch):
+    """Both documents' lines, on the CPU, with a set as the command makes it and a model that looks at what it gets."""
+    monkeypatch.chdir(tmp_path)
+    for root in ("toy", "AVE"):
+        assert cli.main(["data", "synth", "--task", "ave", "--out", root, "--clips", "5"]) == 0
+    for text, clips in ((README, 3), ((ROOT / "docs/data.md").read_text(), 3)):
+        (code,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "AVPipeline" in code]
+        seen = []
+        names = {"model": lambda audio, video: seen.append((audio.shape, video.shape))}
+        exec(code.replace('"cuda"', '"cpu"').replace("8,", f"{clips},"), names)
+        assert seen == [((clips, 10, 224, 224), (clips, 3, 10, 224, 224))]
 
 
 def test_commands_are_targets():
