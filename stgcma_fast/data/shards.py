@@ -87,7 +87,7 @@ class PackedMedia(ABC):
     def _decoded(self, clip: str, decode: Callable[[bytes], Any], data: bytes) -> Any:
         try:
             return decode(data)
-        except (OSError, SyntaxError, ValueError, EOFError, wave.Error) as error:
+        except (OSError, SyntaxError, ValueError, EOFError, wave.Error, Image.DecompressionBombError) as error:
             raise MediaError(self.where(clip), f"it is damaged: {error}") from error
 
 
@@ -267,7 +267,8 @@ def stream_shards(
         clips = clips.shuffle(shuffle, seed=zlib.crc32(f"{seed} {epoch} {rank}".encode()))
     items = clips.compose(partial(_items, config=config, train=train, seed=seed, epoch=epoch))
     batches = items.batched(batch_size, collation_fn=default_collate)
-    return webdataset.WebLoader(batches, batch_size=None, num_workers=workers)
+    # A generator of its own: a loader without one draws from PyTorch's, which dropout draws from.
+    return webdataset.WebLoader(batches, batch_size=None, num_workers=workers, generator=torch.Generator())
 
 
 class _Nearby(PackedMedia):

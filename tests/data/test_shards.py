@@ -456,6 +456,9 @@ def test_stream_is_shared_by_ranks_and_workers(packed):
         assert a["id"] == b["id"]
         same({k: v for k, v in a.items() if torch.is_tensor(v)}, {k: v for k, v in b.items() if torch.is_tensor(v)})
     assert not torch.equal(first[0]["video"], later[0]["video"])
+    state = torch.get_rng_state()
+    stream()
+    assert torch.equal(torch.get_rng_state(), state)  # the model's dropout goes on as if nothing was read
     with pytest.raises(ValueError, match=r"got \d shards, expected one or more for each of 9 ranks with 1 workers"):
         stream(world_size=9)
 
