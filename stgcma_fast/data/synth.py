@@ -460,7 +460,7 @@ def synthesize(
     Args:
         task: "ave", "avs" or "avqa".
         out: folder; it may exist when it is empty or was begun by this function.
-        clips: how many, at least 5.
+        clips: how many, at least 5, of "avqa" 10.
         seed: of the scripts, at least 0.
         codec: "h264" (with AAC) or "vp9" (with Opus), which DALI decodes without a GPU, too. Both in mp4.
         workers: threads; None: as many as there are cores. Codecs and numpy do the work, so they run at once.
@@ -477,7 +477,8 @@ def synthesize(
     for name, value, allowed in (("task", task, get_args(DataTask)), ("codec", codec, get_args(Codec))):
         if value not in allowed:
             raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(map(repr, allowed))}")
-    for name, value, least in (("clips", clips, len(SPLITS)), ("seed", seed, 0)):
+    # Negatives of AVQA are of another clip of the split.
+    for name, value, least in (("clips", clips, len(SPLITS) * (1 + (task == "avqa"))), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"{name}: got {value}, expected at least {least}")
     out = Path(out)
@@ -514,7 +515,10 @@ def parser() -> ArgumentParser:
     p.add_argument("--task", type=DataTask, required=True, help="what the clips teach, and the layout")
     p.add_argument("--out", type=str, required=True, metavar="DIR", help="folder: new, empty, or begun with the same arguments")
     p.add_argument(
-        "--clips", type=PositiveInt, required=True, help="how many, at least 5: three of five train, one val, one test"
+        "--clips",
+        type=PositiveInt,
+        required=True,
+        help="how many, at least 5, of avqa 10: three of five train, one val, one test",
     )
     p.add_argument("--seed", type=NonNegativeInt, default=0, help="another seed, another set")
     p.add_argument("--codec", type=Codec, default="h264", help="vp9 is what DALI decodes without a GPU, too")

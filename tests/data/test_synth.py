@@ -36,7 +36,7 @@ def avs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def avqa(tmp_path_factory):
-    return _make("avqa", tmp_path_factory)
+    return _make("avqa", tmp_path_factory, clips=10)
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +211,8 @@ def _records(folder, *splits):
 def test_avqa_answers_are_right(avqa):
     records = _records(avqa, "train", "val", "test")
     assert len({record["question_id"] for record in records}) == len(records)
-    assert len({record["video_id"] for record in records}) == 5
-    assert len(list((avqa / "videos").iterdir())) == 5
+    assert len({record["video_id"] for record in records}) == 10
+    assert len(list((avqa / "videos").iterdir())) == 10
     measured, types = {}, set()
     for record in records:
         name = record["video_id"]
@@ -249,7 +249,7 @@ def _words(record):
     return words
 
 
-@pytest.mark.parametrize("clips", [5, 6, 7, 8, 20, 100])
+@pytest.mark.parametrize("clips", [10, 11, 12, 13, 20, 100])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_avqa_training_knows_all_words(clips, seed, tmp_path, monkeypatch):
     monkeypatch.setattr(synth, "_files", lambda task, seed, index, codec: {synth._clip(task, index): b""})
@@ -301,7 +301,14 @@ def _start(folder, clips):
     """The command in a process of its own, stopped by the test when it has made some clips and not all."""
     command = ["-m", "stgcma_fast.cli", "data", "synth", "--task", "ave", "--out", str(folder)]
     command += ["--clips", str(clips), "--workers", "1"]
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests in a shell's background ignore ^C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while len(list(folder.rglob("*.mp4"))) < 2:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
@@ -358,7 +365,7 @@ def test_other_folders_are_refused(tmp_path, monkeypatch):
         ({"seed": 1}, r"seed 0 \(asked for: 1\)"),
         ({"codec": "vp9"}, r"codec 'h264' \(asked for: 'vp9'\)"),
         ({"clips": 6}, r"clips 5 \(asked for: 6\)"),
-        ({"task": "avqa"}, r"task 'ave' \(asked for: 'avqa'\)"),
+        ({"task": "avs"}, r"task 'ave' \(asked for: 'avs'\)"),
     ):
         with pytest.raises(FileExistsError, match=rf"empty holds another set: {named};"):
             synthesize(**{"task": "ave", "out": tmp_path / "empty", "clips": 5} | options)
@@ -371,6 +378,7 @@ def test_other_folders_are_refused(tmp_path, monkeypatch):
         ({"task": "vqa"}, r"task: got 'vqa', allowed are 'ave', 'avs', 'avqa'"),
         ({"codec": "av1"}, r"codec: got 'av1', allowed are 'h264', 'vp9'"),
         ({"clips": 4}, r"clips: got 4, expected at least 5"),
+        ({"task": "avqa", "clips": 9}, r"clips: got 9, expected at least 10"),
         ({"seed": -1}, r"seed: got -1, expected at least 0"),
     ],
 )
