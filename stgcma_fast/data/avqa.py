@@ -118,7 +118,7 @@ class AVQADataset(MediaDataset):
         """Questions of a file, each with its words."""
         try:
             items = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}: got no JSON ({error}), expected a list of questions") from error
         if not isinstance(items, list):
             raise ValueError(f"{path}: got JSON of the type {type(items).__name__}, expected a list of questions")
@@ -130,7 +130,7 @@ class AVQADataset(MediaDataset):
                 continue
             try:
                 yield item, _words(item)
-            except (ValueError, SyntaxError) as error:
+            except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
                 self._complain(f"{path}, question {item['question_id']}", str(error))
 
 

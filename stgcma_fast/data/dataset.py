@@ -53,9 +53,10 @@ def generator(seed: int, epoch: int, index: int) -> torch.Generator:
 
 
 class MediaFiles:
-    """Media by the name of their clip: a folder of frames and a wav, or a container with both.
+    """Media by the name of their clip: a folder of frames and an audio file, or a container with both.
 
-    A folder of frames goes before a container, and a wav before a container's track. What is there is looked up once, here.
+    A folder of frames goes before a container, and an audio file before a container's track. What is there is looked up once,
+    here.
 
     Args:
         frames, audio, containers: folders that may hold them, the first before the others. They need not exist.
@@ -65,7 +66,7 @@ class MediaFiles:
         self._folders = {}
         for place in filter(Path.is_dir, reversed(frames)):
             self._folders |= {entry.name: Path(entry.path) for entry in os.scandir(place) if entry.is_dir()}
-        self._audio = _by_stem(audio, (".wav",))
+        self._audio = _by_stem(audio, (".wav", ".flac", ".ogg"))
         self._containers = _by_stem(containers, _CONTAINERS)
         # Where a clip should be that is nowhere.
         self._no_containers = not any(map(Path.is_dir, containers)) and any(map(Path.is_dir, frames))

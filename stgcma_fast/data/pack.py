@@ -79,7 +79,7 @@ def pack(
     Raises:
         FileExistsError: it is there already.
         ValueError: a data set with ``train``, arguments out of range, or different clips of one name.
-        MediaError: a file is broken.
+        MediaError: a file is broken. Nothing is packed then; `check` tells beforehand which are.
     """
     if dataset.train:
         raise ValueError("dataset: got one with train=True, expected one without: shards serve both")

@@ -120,7 +120,8 @@ class AVPipeline:
         shuffle: draw an order for each epoch.
         drop_last: leave out an incomplete last batch.
         seed: of the order, and of the clips that replace broken ones. Draws inside an item have the data set's own.
-        rank, world_size: this process and the number of those that share the data set.
+        rank, world_size: this process and the number of those that share the data set; None: as `torch.distributed` has it
+            when the pipeline is made, or one process alone.
         workers: processes (pyav; 0 reads in this process) or threads (dali); None: as many as this process has cores.
         on_error: "raise" a broken file's MediaError; "skip" it: log it, note it in ``skipped`` and take another clip instead.
 
@@ -149,13 +150,18 @@ class AVPipeline:
         shuffle: bool = False,
         drop_last: bool = False,
         seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         workers: int | None = None,
         on_error: OnError = "raise",
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+        shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if rank is None:
+            rank = torch.distributed.get_rank() if shared else 0
+        if world_size is None:
+            world_size = torch.distributed.get_world_size() if shared else 1
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: got {rank} of world_size {world_size}, expected 0 to {world_size - 1}")
         if seed < 0:
@@ -223,6 +229,8 @@ class AVPipeline:
                 if done == len(batches):
                     stream.close()
                 yield batch
+            if not batches:  # more ranks than items
+                self.epoch = epoch + 1
             if done < len(batches):
                 raise RuntimeError("this iteration is over, because another one of the same pipeline was begun meanwhile")
         finally:
@@ -257,9 +265,9 @@ class AVPipeline:
             ValueError: it lies in the middle of an epoch whose order depends on other settings than this pipeline's.
         """
         differing = [
-            f"{key} {state['order'][key]!r} (here {value!r})"
+            f"{key} {state['order'].get(key)!r} (here {value!r})"
             for key, value in self._order().items()
-            if state["order"][key] != value
+            if state["order"].get(key) != value
         ]
         if state["batch"] and differing:
             raise ValueError(f"cannot go on in the middle of an epoch that was begun with {', '.join(differing)}")
@@ -267,9 +275,11 @@ class AVPipeline:
         self._done = self._start = state["batch"]
 
     def _order(self) -> dict[str, Any]:
-        """Everything but the epoch that the order of batches depends on."""
+        """Everything but the epoch that batches and their order depend on."""
         names = ("batch_size", "shuffle", "drop_last", "seed", "world_size")
-        return {"items": len(self.dataset), **{name: getattr(self, name) for name in names}}
+        drawn = getattr(self.dataset, "dataset", self.dataset)  # by shards' own
+        draws = {f"dataset.{name}": getattr(drawn, name, None) for name in ("train", "seed", "mixup", "mix_labels")}
+        return {"items": len(self.dataset), **draws, **{name: getattr(self, name) for name in names}}
 
     def close(self) -> None:
         """Give back what the backend holds between epochs. The pipeline may be iterated again."""
@@ -321,4 +331,4 @@ def _build(backend: str) -> Callable[..., Backend]:
 def _log_once(text: str) -> None:
     if text not in _logged:
         _logged.add(text)
-        _log.info(text)
+        _log.warning(text)

@@ -138,11 +138,13 @@ def read_mask(path: Path) -> Tensor:
         bool ``[H, W]``.
 
     Raises:
-        MediaError: the file is not there or not an image.
+        MediaError: the file is not there or not an image, or its shades of grey are all dark, as where 1 stands for the mask.
     """
     with opened_image(path) as image:
-        if image.mode in ("1", "L", "LA"):
-            mask = np.asarray(image.convert("L")) > GREY
-        else:
-            mask = np.asarray(image.convert("RGB")).any(2)
-    return torch.from_numpy(mask)
+        pixels = np.asarray(image.convert("RGB"))
+    if (pixels != pixels[..., :1]).any():
+        return torch.from_numpy(pixels.any(2))
+    grey = pixels[..., 0]
+    if 0 < grey.max() <= GREY:
+        raise MediaError(path, f"its brightest grey is {grey.max()}, expected 0 for no mask, or more than {GREY}")
+    return torch.from_numpy(grey > GREY)

@@ -115,6 +115,20 @@ def test_drop_last(count, batch_size, world_size):
     assert len(set(seen)) == len(seen)
 
 
+def test_ranks_are_those_of_torch_distributed(monkeypatch):
+    """Under DDP every process read the same items, without a word."""
+    for name, value in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 3)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    assert ids(AVPipeline(Numbers(7), 2, workers=0)) == [1, 4]
+    assert ids(AVPipeline(Numbers(7), 2, workers=0, rank=0, world_size=1)) == list(range(7))
+
+
+def test_a_rank_without_items_goes_through_epochs_as_the_others():
+    pipe = AVPipeline(Numbers(1), 2, workers=0, rank=1, world_size=2)
+    assert [*pipe] == []
+    assert pipe.state_dict()["epoch"] == 1
+
+
 def test_order_is_that_of_seed_and_epoch():
     def orders(seed, workers, epochs=2):
         pipe = AVPipeline(Numbers(40), 3, shuffle=True, seed=seed, workers=workers)

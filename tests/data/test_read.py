@@ -243,8 +243,8 @@ def test_kinds_of_masks(tmp_path):
         "LA": [False, False, False, True, True],
         "1": [False, False, False, True, True],
         "P": [False, True, True, True, True],
-        "RGB": [False, True, True, True, True],
-        "RGBA": [False, True, True, True, True],
+        "RGB": [False, False, False, True, True],
+        "RGBA": [False, False, False, True, True],
     }
     palette = Image.fromarray(grey, "P")
     palette.putpalette([value for index in range(256) for value in ((0, 0, 0) if index == 0 else (0, 0, 1 + index // 2))])
@@ -254,6 +254,17 @@ def test_kinds_of_masks(tmp_path):
         (images.get(mode) or Image.fromarray(grey).convert(mode)).save(path)
         assert Image.open(path).mode == mode
         assert read_mask(path).tolist() == [expected], mode
+    Image.fromarray(np.array([[[0, 0, 0], [1, 0, 0], [0, 0, 90]]], np.uint8)).save(tmp_path / "colour.png")
+    assert read_mask(tmp_path / "colour.png").tolist() == [[False, True, True]]
+
+
+def test_a_mask_of_zeros_and_ones_is_no_empty_one(tmp_path):
+    """It was taken for one of shades of grey, all of them too dark."""
+    Image.fromarray(np.array([[0, 1, 1]], np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(MediaError, match=r"a\.png: its brightest grey is 1, expected 0 for no mask, or more than 127"):
+        read_mask(tmp_path / "a.png")
+    Image.fromarray(np.zeros((1, 3), np.uint8)).save(tmp_path / "b.png")
+    assert not read_mask(tmp_path / "b.png").any()
 
 
 BREAKS = {
