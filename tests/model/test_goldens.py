@@ -86,7 +86,7 @@ def test_full_size_tasks(name, implementation):
     loss = loss_of(out)
     torch.testing.assert_close(loss.detach(), tensors["output.loss"], rtol=1e-4, atol=0)
     loss.backward()
-    _check_probes(model, tensors)
+    _check_probes(model, tensors, pool_gates=True)
 
 
 def _check_counts(model, meta):
@@ -95,7 +95,8 @@ def _check_counts(model, meta):
     assert sum(p.numel() for p in model.parameters()) == int(meta["total_params"])
 
 
-def _check_probes(model, tensors):
+def _check_probes(model, tensors, pool_gates=False):
+    """Each gradient against its measured norm and probe; with ``pool_gates`` those of all gates as one vector."""
     got = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
     norms = {k.removeprefix("grad_norm."): float(v) for k, v in tensors.items() if k.startswith("grad_norm.")}
     assert got.keys() == norms.keys()
@@ -105,13 +106,14 @@ def _check_probes(model, tensors):
         generator = torch.Generator().manual_seed(zlib.crc32(f"probe.{key}".encode()))
         probe = torch.randn(gradient.shape, generator=generator)
         wanted = float(tensors[f"grad_probe.{key}"])
-        if "gate_" in key:
+        if pool_gates and "gate_" in key:
             gates.append((float(gradient), wanted / float(probe)))
             continue
         assert abs(float(gradient.norm()) - norm) < GRADIENTS * norm, key
         # The probe is standard normal, so an error vector moves this inner product by about its own norm.
         assert abs(float((gradient * probe).sum()) - wanted) < GRADIENTS * norm, key
-    # A gate's gradient is one number, a sum that may all but cancel: of AVS, one that was measured is 0.6 % from its value in
-    # float64. As one vector they are as exact as others.
-    far, size = (torch.tensor(v).norm() for v in zip(*((a - b, b) for a, b in gates), strict=True))
-    assert far < GRADIENTS * size
+    if pool_gates:
+        # A gate's gradient is one number, a sum that may all but cancel. Of AVS, one that was measured is itself 0.6 % from its
+        # value in float64, and no implementation can be nearer to both.
+        far, size = (torch.tensor(v).norm() for v in zip(*((a - b, b) for a, b in gates), strict=True))
+        assert far < GRADIENTS * size
