@@ -339,6 +339,9 @@ def _container(frames: Frames, device: torch.device) -> _Encoded | None:
         track = scan(frames.source, container, stream)
         # DALI counts every packet from time 0 on, in the order of their times, whether it is shown or not.
         alike = track.timed and len(track.shown) == len(track.packets) and track.packets[track.shown[0]].pts >= 0
+        # Where a damaged file says that something lies more than 2 GiB behind its end, as an AVI's parts can, DALI reads from
+        # there and the process crashes. Of these two kinds of container none was found that leads it there.
+        alike &= "mp4" in container.format.name or "matroska" in container.format.name
         indices = np.array(track.choose(frames.slots, frames.of), np.int32)
         turns = _turns(stream.codec_context, track.packets) if alike else None
         height, width = stream.codec_context.height, stream.codec_context.width
@@ -362,14 +365,20 @@ def _turns(context: av.VideoCodecContext, packets: Sequence[av.Packet]) -> int |
 
 def _images(frames: Frames) -> _Encoded | None:
     paths = [frames.source[index] for index in uniform(len(frames.source), frames.slots, frames.of)]
-    # All are of one size, or they do not become one tensor.
-    with opened_image(paths[0]) as image:
-        width, height = image.size
+    sizes = set()
+    for path in dict.fromkeys(paths):
+        # DALI would allocate whatever a header says.
+        with opened_image(path) as image:
+            sizes.add(image.size)
     try:
         data = [np.fromfile(path, np.uint8) for path in paths]
     except OSError:
         return None
-    return _Encoded(frames, data, (height, width)) if all(map(_whole, data)) else None
+    # Of several sizes they do not become one tensor.
+    if len(sizes) > 1 or not all(map(_whole, data)):
+        return None
+    width, height = sizes.pop()
+    return _Encoded(frames, data, (height, width))
 
 
 def _whole(image: np.ndarray) -> bool:

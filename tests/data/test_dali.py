@@ -41,7 +41,7 @@ CODECS = {
     "hidden.webm": ("libvpx-vp9", "yuv420p", {"auto-alt-ref": "1", "lag-in-frames": "8", "cpu-used": "5"}),
     "vp8.webm": ("libvpx", "yuv420p", QUICK),
     "mjpeg.mp4": ("mjpeg", "yuvj420p", None),
-    "mjpeg.avi": ("mjpeg", "yuvj422p", None),
+    "mjpeg.mkv": ("mjpeg", "yuvj422p", None),
 }
 
 
@@ -350,6 +350,14 @@ def test_clips_that_dali_would_show_otherwise(tmp_path, make_video):
     assert isinstance(uneven, dali._Encoded)
 
 
+def test_containers_that_dali_may_crash_on(tmp_path, make_video):
+    """An AVI that says that a part of it ends gigabytes behind it took the process along; no AVI is given to DALI."""
+    path = make_video(tmp_path / "clip.avi", pictures(9, (64, 48)), codec="mjpeg", pixels="yuvj420p")
+    images = dali._encode(whole(path), CPU)
+    assert isinstance(images, torch.Tensor)
+    assert [number_of(image) for image in images] == [int(place) - 1 for place in np.linspace(1, 9, T)]
+
+
 def test_the_middle_of_an_epoch(ave):
     """What is left of an epoch is the same to the bit, whatever was decoded before, and on a pipeline that was used before."""
     batches = [[0, 1], [2, 3], [4, 5], [3]]
@@ -437,7 +445,7 @@ def test_broken_images_and_sound_are_named(tmp_path, ave):
     cases.append(((*images[:2], other[2], images[3]), audio, "other"))
     for side in (9000, 20000):  # what the header claims; PIL itself refuses the second
         (tmp_path / f"{side}.png").write_bytes(empty_png(side, side))
-        cases.append(((tmp_path / f"{side}.png",) * T, audio, f"{side}.png: .*({side}x{side}|Image size)"))
+        cases.append(((*images[:2], tmp_path / f"{side}.png", images[3]), audio, f"{side}.png: .*({side}x{side}|Image size)"))
     (tmp_path / "silent.wav").write_bytes(b"")
     cases.append((images, tmp_path / "silent.wav", "silent.wav"))
     for source, sound, name in cases:
