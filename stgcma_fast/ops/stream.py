@@ -87,10 +87,8 @@ def piece_size(x: Tensor, dim: int, widening: int) -> int | None:
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    widest = x.numel() * x.element_size() * widening
-    # Up to 32 MiB glibc may keep a block that was given back, and no page of it faults again. What is no larger runs at once:
-    # the backward then finds what it needs instead of computing it again.
-    return max(1, PIECE_BYTES * x.shape[dim] // widest) if widest > 2 * PIECE_BYTES else None
+    size = max(1, PIECE_BYTES * x.shape[dim] // (x.numel() * x.element_size() * widening))
+    return size if size < x.shape[dim] else None
 
 
 def stream(

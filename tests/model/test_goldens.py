@@ -33,7 +33,7 @@ def _check_logits(logits, wanted):
 @pytest.mark.parametrize("name", ["clip_tiny_fusion", "clip_tiny_multimodal", "swin_tiny_fusion", "swin_tiny_multimodal"])
 def test_tiny(name, implementation, monkeypatch):
     if implementation == "fast_streamed":
-        monkeypatch.setattr(stream, "PIECE_BYTES", 10_000)
+        monkeypatch.setattr(stream, "PIECE_BYTES", 20_000)
     meta, tensors = golden(f"ave_{name}")
     model = MODELS[implementation](golden_config(meta)).eval()
     model.load_state_dict({k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")})
