@@ -8,6 +8,8 @@ from typing import Any, get_args
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .backbones import clip, swin
@@ -188,6 +190,11 @@ class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fas
             ValueError: weights that are not finite, or buffers of another geometry, all named.
         """
         return super().load_state_dict(checked_state(self, state_dict), strict, assign)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        # The mixin's own writer refuses weights that are parts of one storage, as those of AVQA's LSTM are on a GPU.
+        state = {key: value.contiguous() for key, value in self.state_dict().items()}
+        save_file(state, save_directory / SAFETENSORS_SINGLE_FILE)
 
     @classmethod
     def _load_as_safetensor(cls, model: FastSTGCMA, model_file: str, map_location: str, strict: bool) -> FastSTGCMA:

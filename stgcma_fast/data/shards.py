@@ -36,6 +36,7 @@ INDEX, ANNOTATIONS = "index.json", "annotations"
 VERSION = 1
 # Member of a shard's last sample: how many there are. A tar that was cut off between two members ends as one that was not.
 CLIPS = "clips"
+WAV_HEADER = 44  # bytes, of those that `pack` writes
 # Clips of a stream that another one's audio and negatives are taken from.
 NEIGHBOURS = 16
 
@@ -57,7 +58,7 @@ class PackedMedia(ABC):
 
     def about(self, clip: str) -> dict[str, Any]:
         """What the clip's ``json`` says."""
-        return self._decoded(clip, json.loads, self.members(clip, ["json"])[0])
+        return self._decoded(clip, _about, self.members(clip, ["json"])[0])
 
     def frames(self, frames: Frames) -> Tensor:
         clip = frames.source.stem if isinstance(frames.source, Path) else frames.name.name
@@ -87,8 +88,16 @@ class PackedMedia(ABC):
     def _decoded(self, clip: str, decode: Callable[[bytes], Any], data: bytes) -> Any:
         try:
             return decode(data)
-        except (OSError, SyntaxError, ValueError, EOFError, wave.Error, Image.DecompressionBombError) as error:
-            raise MediaError(self.where(clip), f"it is damaged: {error}") from error
+        # wave has a RuntimeError without a text for a part that ends behind the file.
+        except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, wave.Error, Image.DecompressionBombError) as error:
+            raise MediaError(self.where(clip), f"it is damaged: {error or type(error).__name__}") from error
+
+
+def _about(data: bytes) -> dict[str, Any]:
+    about = json.loads(data)
+    if not isinstance(about, dict) or not {"id", "items", "places", "suffix", "masks"} <= about.keys():
+        raise ValueError(f"its json says {data[:80]!r}")
+    return about
 
 
 def _image(data: bytes) -> Tensor:
@@ -103,6 +112,8 @@ def _array(data: bytes) -> Tensor:
 def _samples(data: bytes) -> tuple[Tensor, int]:
     with wave.open(io.BytesIO(data)) as file:
         samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+        if samples.nbytes != len(data) - WAV_HEADER:
+            raise ValueError(f"its wav has {samples.nbytes} bytes of samples, expected {len(data) - WAV_HEADER}")
         return torch.from_numpy(samples.astype(np.float32) / 32768), file.getframerate()
 
 

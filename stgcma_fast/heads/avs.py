@@ -83,7 +83,8 @@ def avs_loss(prediction: Tensor, mask: Tensor, *, all_frames: bool = False, iou_
             f"mask: got shape {list(mask.shape)} for logits {list(prediction.shape)}, expected [B, "
             f"{'T' if all_frames else '1 or T'}, 1, height, width] for logits [B * T, 1, height, width]"
         )
-    prediction = prediction.unflatten(0, (-1, frames))
+    # In half precision the sums over a frame's pixels overflow, or lose most of them.
+    prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32)).unflatten(0, (-1, frames))
     if not all_frames:
         prediction, mask = prediction[:, 0], mask[:, 0]
     mask = mask.to(prediction.dtype)

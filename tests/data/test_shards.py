@@ -390,6 +390,28 @@ def test_damaged_samples_are_named_and_replaced(copy, member, cause):
     assert list(pipe.skipped) == [f"{first}/{clip}"]
 
 
+@pytest.mark.parametrize(
+    ("member", "place", "data", "cause"),
+    [
+        ("wav", 40, (1 << 8).to_bytes(4, "little"), r"its wav has 256 bytes of samples, expected \d+"),
+        ("wav", 16, b"\xff\xff\xff\x7f", "RuntimeError"),
+        ("json", 2, b"x", "its json says b'{\\"xd"),
+    ],
+)
+def test_changed_bytes_that_made_another_error(member, place, data, cause, copy):
+    """A ValueError of the filterbank, one without a text from Python's wave, and a KeyError."""
+    first, *_ = sorted((copy / "train").glob("*.tar"))
+    with tarfile.open(first) as tar:
+        start = next(info for info in tar if info.name.endswith(member)).offset_data
+    with open(first, "r+b") as file:
+        file.seek(start + place)
+        file.write(data)
+    shards = ShardDataset(copy, "train", config("avs"))
+    with pytest.raises(MediaError, match=f"it is damaged: {cause}") as caught:
+        items(shards)
+    assert caught.value.path == f"{first}/{shards.sample(0).id}"
+
+
 def test_two_clips_of_one_name_are_not_packed(roots, tmp_path):
     """AVSBench has its clips by category; shards have them by name."""
     root = shutil.copytree(roots["avs"], tmp_path / "root")

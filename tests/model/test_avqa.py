@@ -8,6 +8,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import stgcma_fast as sf
 from stgcma_fast.heads.avqa import avqa_loss
+from stgcma_fast.reference import avqa as head_module
+from stgcma_fast.reference.model import is_trainable
 from tests.support.models import seed, task_inputs
 
 SWIN = sf.SwinConfig(image_size=16, embed_dim=16, depths=(2, 1), num_heads=(1, 2), window=2)
@@ -129,6 +131,22 @@ def test_head_is_its_formulas(head):
             ys.append(y + frames.mean(0))
         z = layer["fc_fusion"](torch.tanh(torch.cat(ys)))
         torch.testing.assert_close(answers[b], layer["fc_ans"](torch.tanh(z * q)))
+
+
+@pytest.mark.parametrize("modality", ["visual", "audio"])
+def test_dropout_in_training(modality, monkeypatch):
+    """Of the attention's weights, of the hidden layer and of what is added: with a dropout that doubles each time."""
+    model = seed(sf.reference.ReferenceSTGCMA(config())).double().train()
+    number = {"visual": 1, "audio": 2}[modality]
+    attention = getattr(model, f"avqatask_attn_{modality[0]}")
+    first, second = (getattr(model, f"avqatask_linear{number}{k}") for k in (1, 2))
+    query, frames = torch.randn(2, 32, dtype=torch.float64), torch.randn(2, 3, 32, dtype=torch.float64)
+    assert attention.dropout == 0.1
+    attention.dropout = 0.0
+    monkeypatch.setattr(F, "dropout", lambda x, p, training: x * 2 if training and p == 0.1 else x)
+    x = attention(query[:, None], frames, frames)[0][:, 0]
+    wanted = getattr(model, f"avqatask_norm{number}")(x + 2 * second(2 * first(x).relu()))
+    torch.testing.assert_close(head_module.attend(model, query, frames, modality), wanted)
 
 
 @each_model
@@ -295,6 +313,23 @@ def test_adapters_alone(head, tmp_path):
     assert all(torch.equal(value, trained.state_dict()[key]) for key, value in model.state_dict().items())
 
 
+def test_weights_in_one_storage_are_saved(tmp_path):
+    """As PyTorch lays those of an LSTM on a GPU, where safetensors' writer of whole models refuses them."""
+    model = seed(sf.FastSTGCMA(config())).eval()
+    weights = list(model.avqatask_question_encoder.lstm.parameters())
+    storage = torch.cat([p.detach().flatten() for p in weights])
+    for p, part in zip(weights, storage.split([p.numel() for p in weights]), strict=True):
+        p.data = part.view(p.shape)
+    model.save_pretrained(tmp_path / "whole")
+    loaded = sf.FastSTGCMA.from_pretrained(tmp_path / "whole")
+    sf.save_adapters(model, tmp_path / "adapters.safetensors")
+    adapted = sf.FastSTGCMA(config())
+    adapted.load_state_dict(model.state_dict() | {k: 0 * v for k, v in model.state_dict().items() if is_trainable(k)})
+    sf.load_adapters(adapted, tmp_path / "adapters.safetensors")
+    for other in (loaded, adapted):
+        assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+
+
 def grounding(model, prefix="module."):
     """A file's state: the layers that the model has, one of another model's, and what it was trained with."""
     names = ("fc_a2", "fc_gl", "fc1", "fc2", "fc3", "fc4", *(["fc_a1"] if hasattr(model, "avqatask_fc_a1") else []))
@@ -394,6 +429,11 @@ def test_loss():
     ) / (2 * B * T)
     torch.testing.assert_close(avqa_loss(answers, positive, unlike, label), wanted)
     torch.testing.assert_close(avqa_loss(answers, positive, unlike, label, match_weight=0.0), F.cross_entropy(answers, label))
+
+
+def test_loss_without_negative_frames():
+    with pytest.raises(ValueError, match="match_negative: got None"):
+        avqa_loss(torch.randn(2, 5), torch.randn(6, 2), None, torch.tensor([4, 0]))
 
 
 def test_autocast():
