@@ -88,9 +88,9 @@ class PackedMedia(ABC):
     def _decoded(self, clip: str, decode: Callable[[bytes], Any], data: bytes) -> Any:
         try:
             return decode(data)
-        # wave has a RuntimeError without a text for a part that ends behind the file.
+        # Some have no text: for a part that ends behind the file, wave has a RuntimeError.
         except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, wave.Error, Image.DecompressionBombError) as error:
-            raise MediaError(self.where(clip), f"it is damaged: {error or type(error).__name__}") from error
+            raise MediaError(self.where(clip), f"it is damaged: {str(error) or type(error).__name__}") from error
 
 
 def _about(data: bytes) -> dict[str, Any]:

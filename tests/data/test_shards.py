@@ -395,7 +395,7 @@ def test_damaged_samples_are_named_and_replaced(copy, member, cause):
     [
         ("wav", 40, (1 << 8).to_bytes(4, "little"), r"its wav has 256 bytes of samples, expected \d+"),
         ("wav", 16, b"\xff\xff\xff\x7f", "RuntimeError"),
-        ("json", 2, b"x", "its json says b'{\\"xd"),
+        ("json", 2, b"x", "its json says b.*xd"),
     ],
 )
 def test_changed_bytes_that_made_another_error(member, place, data, cause, copy):
