@@ -371,7 +371,9 @@ def test_interrupt_of_the_whole_group(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
-        "import time\n"
+        "import signal, time\n"
+        # Tests in a shell's background ignore ^C, and so would what they start.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from tests.data.test_pipeline import AVPipeline, Numbers, torch_backend, read\n"
         "def slow(sample, config, media):\n"
         "    time.sleep(0.05)\n"
