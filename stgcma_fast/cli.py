@@ -13,9 +13,19 @@ from .data.errors import MediaError
 
 # Subcommand -> module with `main` and a docstring that explains it. One with `parser` takes arguments.
 COMMANDS = {"params": params, "report": report, "data": data}
+# Those of tasks, which need the extra `train` and are imported when one of them is asked for.
+TRAINING = {
+    "fit": "Train on a data set.",
+    "validate": "Evaluate a trained model on the split it was selected by.",
+    "test": "Evaluate a trained model on the test split.",
+}
+PREDICT = "Tell what is heard and seen in media files of one's own."
 
-# Top-level packages of the extra `data`.
-DATA_PACKAGES = {"av", "PIL", "torchvision", "torchaudio", "h5py", "webdataset"}
+# Top-level packages that come with an extra.
+EXTRAS = {
+    **dict.fromkeys(("av", "PIL", "torchvision", "torchaudio", "h5py", "webdataset"), "data"),
+    **dict.fromkeys(("lightning", "torchmetrics", "tensorboard", "matplotlib"), "data,train"),
+}
 
 
 def parser(argv: Sequence[str] = ()) -> ArgumentParser:
@@ -27,6 +37,15 @@ def parser(argv: Sequence[str] = ()) -> ArgumentParser:
         subcommands.add_subcommand(name, inner, help=module.__doc__)
         if module is data and argv[:1] == [name]:
             data.add_subcommands(inner)
+    for name, title in TRAINING.items():
+        # For the list of commands; Lightning's command line has their arguments.
+        subcommands.add_subcommand(name, ArgumentParser(description=title), help=title)
+    if argv[:1] == ["predict"]:
+        from .tasks import predict
+
+        subcommands.add_subcommand("predict", predict.parser(), help=PREDICT)
+    else:
+        subcommands.add_subcommand("predict", ArgumentParser(description=PREDICT), help=PREDICT)
     return p
 
 
@@ -38,7 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        if argv and argv[0] in TRAINING:
+            from .tasks import training
+
+            return training.main(argv[0], argv[1:])
         args = parser(argv).parse_args(argv)
+        if args.subcommand == "predict":
+            from .tasks import predict
+
+            return predict.main(args.predict)
         module = COMMANDS[args.subcommand]
         return module.main(args[args.subcommand]) if hasattr(module, "parser") else module.main()
     except KeyboardInterrupt:
@@ -46,9 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MediaError, ValueError, OSError) as error:
         cause = str(error)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in DATA_PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
             raise
-        cause = f'{error.name} is not installed; pip install "stgcma-fast[data]"'
+        cause = f'{error.name} is not installed; pip install "stgcma-fast[{EXTRAS[package]}]"'
     print(f"stgcma-fast: error: {cause}", file=sys.stderr)
     return 1
 

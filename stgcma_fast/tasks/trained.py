@@ -18,8 +18,8 @@ from ..reference.model import is_trainable
 
 # Of a checkpoint, beside what Lightning keeps there.
 DESCRIPTION = "stgcma"
-# Of a run's folder, the first that exists: the average of its epochs, the best of them, the newest.
-NAMES = ("average.ckpt", "best.ckpt", "last.ckpt")
+# Of a run's folder: the average of its epochs, the best of them, the newest. The first that is there speaks for the run.
+NAMES = AVERAGE, BEST, LAST = ("average.ckpt", "best.ckpt", "last.ckpt")
 # Of the model in Lightning's module, and so in its checkpoints.
 PREFIX = "network."
 

@@ -1,0 +1,300 @@
+"""One Lightning module for the three tasks: the model, its loss, its optimizer as published, and what its checkpoints hold."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import replace
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from ..config import ClipConfig, ModelConfig, SwinConfig, Task, preset
+from ..data import MediaConfig, media_config
+from ..heads.avqa import avqa_loss
+from ..heads.avs import avs_loss
+from ..model import FastSTGCMA
+from ..ops.dispatch import Impl
+from ..pretrained import load_grounding, load_pretrained
+from ..reference.model import ReferenceSTGCMA, is_trainable
+from .metrics import build_metrics
+from .schedule import learning_rates
+from .trained import DESCRIPTION, PREFIX, Description, Weights, check_state, saved_state
+
+Compile = Literal["auto", "off", "default", "reduce-overhead"]
+# Settings of a run, in its checkpoints.
+SETTINGS = "stgcma_settings"
+# What frozen weights are held in, by Lightning's precision.
+_FROZEN = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class STGCMAModule(L.LightningModule):
+    """STG-CMA in training: adapters, gates, temporal tables and the head are trained, the backbone is frozen.
+
+    Args:
+        task: "ave" (event localization), "avs" (segmentation) or "avqa" (question answering).
+        arch: "clip_b16", "clip_l14", "swin_b" or "swin_l", or sizes of one's own (SwinConfig or ClipConfig).
+        adapters: with the name of an arch "tiny" or "base"; or bottleneck width over channels, one number or one per stage.
+        switches: other fields of ModelConfig, such as {"fusion": "a2v"}, the rows of the paper's Tables 5 and 7. Numbers of
+            classes and of words are those of the data.
+        pretrained: file of the frozen backbone's weights, or hf://owner/name/file; "random" leaves them as they were drawn.
+        grounding: file of AVQA's pretrained match layers.
+        lr: highest learning rate.
+        min_lr: learning rate that the cosine falls towards, of every group.
+        head_lr: learning rate of AVE's head over lr.
+        warmup_epochs: epochs in which the learning rate rises.
+        weight_decay: of Adam, added to the gradient.
+        all_frames: of AVS: learn from the masks of all frames (MS3), not of the first alone.
+        iou_weight: of AVS: weight of a loss of intersection over union beside the cross-entropy.
+        match_weight: of AVQA: weight of the matches' loss beside the answers'.
+        compile: torch.compile of the model; "auto" is "reduce-overhead", whose steps are CUDA graphs, on CUDA, else "off".
+        checkpointing: run each block again in the backward instead of keeping what it computed.
+        impl: which implementation serves the operators.
+        save: what checkpoints hold; "full" where the backbone is random, for it could not be found again. None: "adapters"
+            where the backbone comes from a file.
+        seed: of what is drawn in a step, by its place in the training.
+
+    Raises:
+        ValueError: a combination no model has, a preset without weights for its backbone, rates out of range.
+    """
+
+    def __init__(
+        self,
+        task: Task = "ave",
+        arch: str | SwinConfig | ClipConfig = "swin_l",
+        adapters: str | float | list[float] = "base",
+        switches: dict[str, Any] | None = None,
+        pretrained: str | None = None,
+        grounding: str | None = None,
+        lr: float = 5e-5,
+        min_lr: float = 2e-6,
+        head_lr: float = 0.1,
+        warmup_epochs: int = 2,
+        weight_decay: float = 5e-7,
+        all_frames: bool = False,
+        iou_weight: float = 0.0,
+        match_weight: float = 0.5,
+        compile: Compile = "auto",
+        checkpointing: bool = False,
+        impl: Impl = "auto",
+        save: Weights | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if isinstance(arch, str) and pretrained is None:
+            raise ValueError(
+                f"pretrained: got None with arch {arch!r}, expected the file of its frozen backbone's weights, without which "
+                "there is nothing to adapt, or 'random' for a try"
+            )
+        self.pretrained = None if pretrained == "random" else pretrained
+        if save == "adapters" and self.pretrained is None:
+            raise ValueError("save: got 'adapters' with a random backbone, which could not be found again; expected 'full'")
+        switches = {"task": task, **(switches or {})}
+        if isinstance(adapters, str):
+            if not isinstance(arch, str):
+                raise ValueError(f"adapters: got {adapters!r} with sizes of your own, expected numbers: width over channels")
+            self.config = preset(arch, adapters, **switches)
+        else:
+            ratio = tuple(adapters) if isinstance(adapters, list) else adapters
+            backbone = arch if not isinstance(arch, str) else preset(arch).backbone
+            self.config = ModelConfig(backbone, ratio, **switches)
+        for rate in (lr, lr * head_lr) if task == "ave" else (lr,):
+            learning_rates(rate, min_lr, 0, 1)
+        self.grounding, self.lr, self.min_lr, self.head_lr, self.warmup_epochs = grounding, lr, min_lr, head_lr, warmup_epochs
+        self.weight_decay, self.seed, self.compile_mode = weight_decay, seed, compile
+        self.model_options = {"checkpointing": checkpointing, "impl": impl}
+        self.loss_options: dict[str, Any] = {
+            "ave": {},
+            "avs": {"all_frames": all_frames, "iou_weight": iou_weight},
+            "avqa": {"match_weight": match_weight},
+        }[task]
+        self.weights: Weights = save or ("adapters" if self.pretrained else "full")
+        # Adapters are loaded beside a backbone that is there already; `on_load_checkpoint` has the eye on what is missing.
+        self.strict_loading = False
+        self.classes: tuple[str, ...] = ()
+        self.words: tuple[str, ...] = ()
+        self.network: FastSTGCMA | None = None
+        self._bad_step: Tensor | None = None
+
+    @property
+    def media(self) -> MediaConfig:
+        """What the task makes of media, at this backbone's sizes."""
+        return media_config(self.config.task, self.config.backbone, self.config.num_frames)
+
+    def configure_model(self) -> None:
+        """Build the network, once the data have told how many classes and words there are."""
+        if self.network is not None:
+            return
+        self.classes, self.words = self.trainer.datamodule.names
+        if self.config.task != "avs":
+            self.config = replace(self.config, num_classes=len(self.classes))
+        if self.words:
+            self.config = replace(self.config, vocabulary=len(self.words))
+        self.network = FastSTGCMA(self.config, **self.model_options)
+        if self.pretrained is not None:
+            rank_zero_info(load_pretrained(self.network, self.pretrained))
+        if self.grounding is not None:
+            rank_zero_info(load_grounding(self.network, self.grounding))
+        if dtype := _FROZEN.get(self.trainer.precision):
+            self.network.cast_frozen(dtype)
+        # Adam would go on decaying what the loss does not reach, and processes would wait for its gradients.
+        unreached = unreached_parameters(self.config)
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(is_trainable(name) and name not in unreached)
+        self.metrics = build_metrics(self.config.task)
+        mode = self.compile_mode
+        if mode == "auto":
+            mode = "reduce-overhead" if self.trainer.strategy.root_device.type == "cuda" else "off"
+        if mode != "off":
+            self.network.compile(mode=mode)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError(
+                "trainer: got neither max_epochs nor max_steps, expected one, for the learning rate falls to its end"
+            )
+        epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        warmup = min(self.warmup_epochs * epoch, int(steps))
+        groups = self.network.parameter_groups(self.lr, self.head_lr)
+        for group in groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+        fused = self.trainer.strategy.root_device.type == "cuda"
+        optimizer = torch.optim.Adam(groups, betas=(0.95, 0.999), weight_decay=self.weight_decay, fused=fused)
+        factors = []
+        for group in groups:
+            rates = learning_rates(group["lr"], self.min_lr, warmup, int(steps))
+            # The scheduler asks for the rate of a step that does not come, too.
+            factors.append(lambda step, rates=rates, lr=group["lr"]: rates[min(step, len(rates) - 1)] / lr)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def forward(self, audio: Tensor, video: Tensor, *more: Tensor | None) -> Any:
+        """The model's outputs; see `FastSTGCMA`."""
+        return self.network(audio, video, *more)
+
+    def _run(self, batch: dict[str, Any], negative: Tensor | None) -> Any:
+        more = (negative, batch["question"]) if self.config.task == "avqa" else ()
+        return self(batch["audio"], batch["video"], *more)
+
+    def loss(self, output: Any, batch: dict[str, Any]) -> Tensor:
+        """The published loss of the task, of what the model gave for a batch."""
+        if self.config.task == "ave":
+            return F.cross_entropy(output, batch["label"].flatten(0, 1))
+        if self.config.task == "avs":
+            return avs_loss(output[0], batch["mask"], **self.loss_options)
+        return avqa_loss(*output, batch["label"], **self.loss_options)
+
+    def on_fit_start(self) -> None:
+        self._bad_step = torch.full((), -1, dtype=torch.long, device=self.device)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # A step's draws come from its place alone, so that a run that is resumed has those of one that is not.
+        place = f"{self.seed} {self.trainer.current_epoch} {batch_idx} {self.trainer.global_rank}"
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "little", signed=True))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self.loss(self._run(batch, batch.get("negative")), batch)
+        size = len(batch["audio"])
+        self.log("train/loss", loss.detach(), batch_size=size)
+        # Asked on the device, and looked at now and then: a look waits for the device.
+        bad = (self._bad_step < 0) & ~loss.detach().isfinite()
+        self._bad_step = torch.where(bad, self.trainer.global_step, self._bad_step)
+        if self.device.type == "cpu" or self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            self._check_finite()
+        return loss
+
+    def _check_finite(self) -> None:
+        if self._bad_step is None or (step := int(self._bad_step)) < 0:
+            return
+        folder = self.trainer.default_root_dir
+        raise ValueError(
+            f"the loss of step {step} (epoch {self.trainer.current_epoch}) is not finite. Training stops here; the checkpoints "
+            f"in {folder} are from before. Lower lr, now {self.lr}, or train in bf16-mixed or 32-true, now "
+            f"{self.trainer.precision}"
+        )
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, "val/loss")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, "test/loss")
+
+    def _evaluate(self, batch: dict[str, Any], name: str) -> None:
+        output = self._run(batch, None)
+        # No negatives are looked at: answers do not depend on them.
+        loss = F.cross_entropy(output[0], batch["label"]) if self.config.task == "avqa" else self.loss(output, batch)
+        self.log(name, loss, batch_size=len(batch["audio"]), sync_dist=True)
+        self.metrics.update(output, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._end("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._end("test")
+
+    def _end(self, stage: str) -> None:
+        values = self.metrics.compute()
+        self.metrics.reset()
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
+
+    def _settings(self) -> dict[str, Any]:
+        """What a run can not change in its middle."""
+        trainer, data = self.trainer, self.trainer.datamodule
+        return {
+            **{name: getattr(self, name) for name in ("lr", "min_lr", "head_lr", "warmup_epochs", "weight_decay", "seed")},
+            **self.loss_options,
+            **{f"trainer.{name}": getattr(trainer, name) for name in ("max_epochs", "max_steps", "accumulate_grad_batches")},
+            "trainer.precision": trainer.precision,
+            "trainer.devices": trainer.world_size,
+            "data.batch_size": data.batch_size,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check_finite()
+        saved = {PREFIX + key for key in saved_state(self.network, self.weights)}
+        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in saved}
+        description = Description(self.config.to_dict(), self.weights, self.pretrained, self.classes, self.words)
+        checkpoint[DESCRIPTION], checkpoint[SETTINGS] = description.to_dict(), self._settings()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        path = self.trainer.ckpt_path
+        state = {key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items()}
+        if DESCRIPTION not in checkpoint:  # a published one
+            check_state(self.network, state, Description(self.config.to_dict(), "full", None), path)
+            return
+        description = Description.from_dict(checkpoint[DESCRIPTION])
+        check_state(self.network, state, description, path)
+        if (description.classes, description.words) != (self.classes, self.words):
+            raise ValueError(f"{path} is of other data: its classes or words are not those of {self.trainer.datamodule.root}")
+        if self.trainer.state.fn == "fit":
+            there, here = checkpoint[SETTINGS], self._settings()
+            differing = [f"{key} {there.get(key)!r} (here {here[key]!r})" for key in here if there.get(key) != here[key]]
+            if differing:
+                raise ValueError(
+                    f"{path} was begun with other settings: {'; '.join(differing)}. Give them again to go on, or another "
+                    "folder (--trainer.default_root_dir) to begin anew"
+                )
+
+
+def unreached_parameters(config: ModelConfig) -> set[str]:
+    """Names of the parameters that the paper trains, but no gradient reaches: gates of a direction that is off, the tables of
+    an absent stream, the first residual unit of AVS's coarsest path.
+
+    It asks the reference model's graph, on tensors without memory.
+    """
+    with torch.device("meta"):
+        model = ReferenceSTGCMA(config)
+        frames, size = config.num_frames, config.backbone.image_size
+        audio = torch.empty(1, frames, *config.backbone.audio_shape)
+        video = torch.empty((1, 3, frames, size, size) if config.task == "ave" else (1, frames, 3, size, size))
+        more = (video, torch.zeros(1, 14, dtype=torch.long)) if config.task == "avqa" else ()
+        output = model(audio, video, *more)
+        # AVS's loss reads the first of its outputs.
+        outputs = {"ave": (output,), "avs": output[:1], "avqa": output}[config.task]
+        sum(item.sum() for item in outputs).backward()
+    return {name for name, parameter in model.named_parameters() if is_trainable(name) and parameter.grad is None}

@@ -1,0 +1,174 @@
+"""The commands that train and evaluate: `stgcma-fast fit`, `validate` and `test`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from rich.console import Console
+
+from .callbacks import Progress, RunCheckpoints, WholeCheckpoints, average_checkpoints, best_checkpoint
+from .curves import LOGS, Curves
+from .datamodule import AVDataModule
+from .metrics import SELECTED, table
+from .module import STGCMAModule
+from .trained import AVERAGE, LAST, find_checkpoint
+
+COMMANDS = {
+    "fit": "Train STG-CMA: its adapters, gates, temporal tables and the task's head, beside a frozen backbone.",
+    "validate": "Evaluate a trained model on the split it was selected by.",
+    "test": "Evaluate a trained model on the test split.",
+}
+_EXAMPLES = {
+    "fit": """
+    stgcma-fast fit --config configs/ave/swin_l_base.yaml --data.root AVE --model.pretrained swin_large_22k.pth
+    stgcma-fast fit --config configs/avs/swin_b_base.yaml --data.root AVSBench --trainer.devices 4 --data.batch_size 2
+
+The same command goes on where it was killed. The run's folder, --trainer.default_root_dir, gets checkpoints (last.ckpt, to go
+on from; best.ckpt, the best epoch; average.ckpt, the mean of the epochs --average), logs for TensorBoard and as csv, and
+curves.png.""",
+    "validate": """
+    stgcma-fast validate --config configs/ave/swin_l_base.yaml --data.root AVE""",
+    "test": """
+    stgcma-fast test --config configs/ave/swin_l_base.yaml --data.root AVE
+    stgcma-fast test --config configs/ave/swin_l_base.yaml --data.root AVE --checkpoint published.pth
+
+It takes the run's average.ckpt, or else its best.ckpt; or what --checkpoint names, a file of training or a published one.""",
+}
+
+
+class _CLI(LightningCLI):
+    """Lightning's command line for one command. A configuration file serves all three."""
+
+    def __init__(self, command: str, args: Sequence[str]) -> None:
+        self.command = command
+        super().__init__(
+            STGCMAModule,
+            AVDataModule,
+            trainer_defaults={"max_epochs": 20, "precision": "bf16-mixed", "devices": 1},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "prog": f"stgcma-fast {command}",
+                "description": f"{COMMANDS[command]}\n\nExamples:{_EXAMPLES[command]}",
+            },
+            args=list(args),
+            run=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for part in ("model", "data"):
+            parser.link_arguments("seed_everything", f"{part}.seed", compute_fn=int)
+        parser.add_argument(
+            "--save_every", type=PositiveInt, default=500, help="optimizer steps from one checkpoint to go on from to the next"
+        )
+        parser.add_argument(
+            "--average",
+            type=tuple[PositiveInt, PositiveInt] | None,
+            help="first and last epoch whose weights are averaged in the end; published for AVE: 8 and 20",
+        )
+        if self.command != "fit":
+            parser.add_argument(
+                "--checkpoint", type=str | None, help="a file, or a run's folder; by default the folder that `fit` wrote"
+            )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        self.config = parser.parse_args(args)
+        model, trainer = self.config.model, self.config.trainer
+        if trainer.default_root_dir is None:
+            arch = model.arch if isinstance(model.arch, str) else "own"
+            adapters = f"_{model.adapters}" if isinstance(model.adapters, str) else ""
+            trainer.default_root_dir = f"runs/{model.task}/{arch}{adapters}"
+        self.folder = Path(trainer.default_root_dir)
+        average = self.config.average
+        if average is not None and not average[0] <= average[1] <= trainer.max_epochs:
+            raise ValueError(
+                f"average: got epochs {average[0]} to {average[1]}, expected a first and a last of {trainer.max_epochs}"
+            )
+
+    def instantiate_trainer(self, **options: Any) -> L.Trainer:
+        given = self.config.trainer
+        fit = self.command == "fit"
+        callbacks: list[L.Callback] = [Progress()] if given.enable_progress_bar is not False else []
+        if fit:
+            task, folder = self.config.model.task, self.folder / "checkpoints"
+            self.checkpoints = RunCheckpoints(folder, self.config.save_every, self.config.average)
+            self.best = best_checkpoint(folder, f"val/{SELECTED[task]}")
+            callbacks += [self.best, self.checkpoints, Curves(self.folder)]
+        if given.logger in (None, True):
+            # Each start of a run has logs of its own.
+            board = TensorBoardLogger(self.folder, LOGS) if fit else None
+            options["logger"] = [CSVLogger(self.folder, LOGS, version=board.version), board] if fit else False
+            callbacks += [LearningRateMonitor("step")] if fit else []
+        self.trainer_defaults["callbacks"] = callbacks
+        return super().instantiate_trainer(plugins=[*(given.plugins or []), WholeCheckpoints()], **options)
+
+
+def main(command: str, args: Sequence[str]) -> int:
+    """Run "fit", "validate" or "test". Returns the exit status.
+
+    Raises:
+        ValueError, OSError, MediaError: settings, files or data that cannot serve; a loss that is not finite; a device without
+            enough memory.
+    """
+    cli = _CLI(command, args)
+    try:
+        if command == "fit":
+            _fit(cli)
+        else:
+            found = find_checkpoint(cli.config.checkpoint or cli.folder)
+            _report(cli, command, _evaluate(cli, command, found), found)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{cli.trainer.strategy.root_device} has not enough memory for batches of {cli.datamodule.batch_size} ({error}). "
+            "Take a smaller --data.batch_size, with --trainer.accumulate_grad_batches for the same steps; "
+            "--model.checkpointing true, which computes each block twice and keeps little; or --trainer.precision bf16-mixed. "
+            f"What {cli.folder} holds stays, and the same command goes on from there"
+        ) from error
+    return 0
+
+
+def _fit(cli: _CLI) -> None:
+    last = cli.checkpoints.folder / LAST
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=last if last.is_file() else None, weights_only=True)
+    if cli.trainer.interrupted:
+        return
+    if cli.best.best_model_path:
+        found = Path(cli.best.best_model_path)
+        _report(cli, "validate", _evaluate(cli, "validate", found), found)
+    files = cli.checkpoints.epoch_files
+    if files and all(file.is_file() for file in files):
+        out = cli.checkpoints.folder / AVERAGE
+        if cli.trainer.is_global_zero:
+            average_checkpoints(files, out)
+        cli.trainer.strategy.barrier()
+        _report(cli, "validate", _evaluate(cli, "validate", out), out)
+
+
+def _evaluate(cli: _CLI, command: str, path: Path) -> dict[str, float]:
+    run = getattr(cli.trainer, command)
+    (values,) = run(cli.model, cli.datamodule, ckpt_path=path, verbose=False, weights_only=True)
+    return values
+
+
+def _report(cli: _CLI, command: str, values: dict[str, float], path: Path) -> None:
+    """Print a table, and keep the numbers in the run's folder."""
+    if not cli.trainer.is_global_zero:
+        return
+    split = "test" if command == "test" else cli.datamodule.selection
+    scores = {name.partition("/")[2]: value for name, value in values.items()}
+    console = Console()
+    console.print(f"{path}, split {split!r}:")
+    console.print(table(cli.model.config.task, scores))
+    cli.folder.mkdir(parents=True, exist_ok=True)
+    out = cli.folder / f"{path.stem}_{split}.json"
+    out.write_text(json.dumps({"checkpoint": str(path), "split": split, "scores": scores}, indent=2) + "\n")
+    console.print(f"written to {out}")
