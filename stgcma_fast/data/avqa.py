@@ -32,6 +32,7 @@ class AVQADataset(MediaDataset):
 
     Args:
         root, split, config, train, seed, problems: see `MediaDataset`. ``train`` changes nothing.
+        negatives: whether frames have them. Answers do not depend on them, and reading them takes as long as all the rest.
 
     Attributes:
         vocabulary: words of the train questions in the order of their first appearance, behind "<pad>".
@@ -51,9 +52,11 @@ class AVQADataset(MediaDataset):
         *,
         train: bool = False,
         seed: int = 0,
+        negatives: bool = True,
         problems: list[tuple[str, str]] | None = None,
     ) -> None:
         super().__init__(root, split, config, train=train, seed=seed, problems=problems)
+        self.negatives = negatives
         train_path, path = (self._find(f"avqa-{name}.json", f"json/avqa-{name}.json") for name in ("train", split))
         train_items = list(self._read(train_path))
         self.vocabulary = tuple(dict.fromkeys(["<pad>", *(word for _, words in train_items for word in words)]))
@@ -78,10 +81,10 @@ class AVQADataset(MediaDataset):
         if not self.ids:
             raise ValueError(f"{path}: got no question, expected one or more")
         self.videos = tuple(dict.fromkeys(self.ids))
-        if len(self.videos) == 1:
+        if negatives and len(self.videos) == 1:
             raise ValueError(f"{path}: got questions about one video, {self.videos[0]}, expected more: negatives are others")
         self._video_numbers = {video: number for number, video in enumerate(self.videos)}
-        self.places = (config.video.frames, PLACES)
+        self.places = (config.video.frames, PLACES) if negatives else (config.video.frames,)
         self.questions, self.labels = torch.tensor(questions), torch.tensor(labels)
         bases = sorted(self.root.glob("MUSIC-AVQA-videos-*"))
         self._media = MediaFiles([self.root / "frames"], [self.root / "audio_wav"], [self.root / "videos", *bases])
@@ -94,10 +97,12 @@ class AVQADataset(MediaDataset):
         """An item: "question" is int64 ``[14]``, "label" int64 ``[]``; "question_id" and "type" are in ``meta``."""
         clip, question, kind = self._items[index]
         count, own = self.config.video.frames, self._video_numbers[clip]
-        # Numbers of places of all other videos, with a gap where those of the own video are.
-        draws = generator(self.seed, epoch, index)
-        numbers = torch.randint(PLACES * (len(self.videos) - 1), (count,), generator=draws)
-        numbers += PLACES * (numbers >= PLACES * own)
+        numbers = torch.empty(0, dtype=torch.long)
+        if self.negatives:
+            # Numbers of places of all other videos, with a gap where those of the own video are.
+            draws = generator(self.seed, epoch, index)
+            numbers = torch.randint(PLACES * (len(self.videos) - 1), (count,), generator=draws)
+            numbers += PLACES * (numbers >= PLACES * own)
         return Sample(
             clip,
             Frames(self._media.frames(clip), tuple(range(count)), count),

@@ -68,6 +68,8 @@ class AVDataModule(L.LightningDataModule):
 
     def _open(self, split: str, media: MediaConfig, train: bool) -> Dataset:
         options = {"train": train, "seed": self.seed, **self._options[media.task]}
+        if media.task == "avqa":
+            options["negatives"] = train  # evaluation does not look at them
         if (self.root / split / INDEX).is_file():
             return ShardDataset(self.root, split, media, **options)
         dataset = open_dataset(media.task, self.root, split, media, **options)
