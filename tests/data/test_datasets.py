@@ -633,3 +633,15 @@ def test_avqa_draws_belong_to_the_item(avqa):
     assert len(set(samples.values())) == 12
     assert open_dataset("avqa", avqa, "train", seed=5).sample(0).negatives != samples[0, 0]
     assert len(open_dataset("avqa", avqa, "train", config("avqa", 4)).sample(0).negatives) == 4
+
+
+def test_avqa_without_negatives(avqa):
+    """As evaluation reads it: all the rest is the same."""
+    with_them, without = (open_dataset("avqa", avqa, "test", negatives=negatives) for negatives in (True, False))
+    for index in range(len(without)):
+        one, other = with_them.sample(index), without.sample(index)
+        assert len(one.negatives) == 10
+        assert other.negatives == ()
+        assert (one.id, one.video, one.audio, one.meta) == (other.id, other.video, other.audio, other.meta)
+        assert torch.equal(one.target["question"], other.target["question"])
+    assert (with_them.places, without.places) == ((10, 60), (10,))
