@@ -47,7 +47,7 @@ def timeline(clip: Clip, probabilities: Tensor, classes: Sequence[str]) -> Figur
         classes: their names.
     """
     shown = main_classes(probabilities)
-    figure, _, axes = _page([clip.path.name], clip, GAP, ROW * len(shown))
+    figure, _, axes = _page([os.path.basename(clip.file)], clip, GAP, ROW * len(shown))
     values = probabilities.T[shown].numpy()
     edges = np.linspace(0, clip.duration, len(probabilities) + 1)
     frame = {"edgecolor": tuple(level / 255 for level in VERMILION), "linewidth": 3, "fill": False, "clip_on": False}
@@ -75,7 +75,7 @@ def main_classes(probabilities: Tensor) -> list[int]:
 
 def bars(clip: Clip, question: str, answers: Sequence[tuple[str, float]]) -> Figure:
     """Frames, sound, and answers to a question with their probabilities."""
-    figure, sound, axes = _page([question, clip.path.name], clip, SCALE, ROW * len(answers))
+    figure, sound, axes = _page([question, os.path.basename(clip.file)], clip, SCALE, ROW * len(answers))
     sound.tick_params("x", labelbottom=True, length=3)
     sound.set_xlabel("seconds")
     sound.spines["bottom"].set_visible(True)
@@ -184,21 +184,21 @@ def write_video(path: Path, images: Tensor, clip: Clip) -> None:
 
     Args:
         path: of the file.
-        images: uint8 ``[T, H, W, 3]``; of odd sides, the last row or column is left out, as H.264 wants.
+        images: uint8 ``[T, H, W, 3]``; where a side is odd, its last row or column comes twice, as H.264 wants.
         clip: the sound and the duration.
     """
     repeats = min(math.ceil(RATE * clip.duration / len(images)), REPEATS)
-    rate = Fraction(repeats * len(images) / clip.duration).limit_denominator(10000)
-    height, width = (side // 2 * 2 for side in images.shape[1:3])
+    rate = max(Fraction(repeats * len(images) / clip.duration).limit_denominator(10000), Fraction(1, 10000))
+    rows, columns = ([*range(side), *[side - 1] * (side % 2)] for side in images.shape[1:3])
     # An absolute path can not be taken for a protocol, as "clip:1/overlay.mp4" can.
     with av.open(os.path.abspath(path), "w") as container:
         video = container.add_stream("libx264", rate=rate, options={"preset": "veryfast", "crf": "20"})
-        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        video.width, video.height, video.pix_fmt = len(columns), len(rows), "yuv420p"
         audio = container.add_stream("aac", rate=clip.sample_rate, layout="mono")
         sound = av.AudioFrame.from_ndarray(clip.waveform.clamp(-1, 1).numpy()[None], "fltp", "mono")
         sound.sample_rate = clip.sample_rate
         container.mux([*audio.encode(sound), *audio.encode()])
-        for image in images[:, :height, :width].contiguous().numpy():
+        for image in images[:, rows][:, :, columns].numpy():
             for _ in range(repeats):
                 container.mux(video.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
         container.mux(video.encode())

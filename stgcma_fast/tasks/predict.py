@@ -26,14 +26,16 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from ..config import Task
+from ..data.audio import read_audio
+from ..data.augment import frames_to_tensor
 from ..data.avqa import WORDS
 from ..data.config import MediaConfig, media_config
 from ..data.dataset import _CONTAINERS
 from ..data.errors import MediaError
-from ..data.read import Files, read_sample
-from ..data.sample import Frames, Sample
+from ..data.fbank import filterbanks
+from ..data.sample import Frames
 from ..data.torch_backend import in_order
-from ..data.video import opened
+from ..data.video import opened, read_frames
 from ..ops.checks import check_choice
 from ..ops.dispatch import Impl
 from . import draw
@@ -69,22 +71,15 @@ class Clip:
     duration: float
 
     @property
+    def file(self) -> str:
+        """The path in letters: bytes of a name that are none become question marks."""
+        return str(self.path).encode(errors="replace").decode()
+
+    @property
     def spans(self) -> list[tuple[float, float]]:
         """Start and end of each of the T segments, in seconds: equal shares of the duration."""
         edges = [self.duration * index / len(self.frames) for index in range(len(self.frames) + 1)]
         return list(pairwise(edges))
-
-
-class _Kept(Files):
-    """Files whose content is kept, because pictures are made of it, too."""
-
-    def frames(self, frames: Frames) -> Tensor:
-        self.images = super().frames(frames)
-        return self.images
-
-    def waveform(self, path: Path, sample_rate: int) -> Tensor:
-        self.sound = super().waveform(path, sample_rate)
-        return self.sound
 
 
 def read_clip(path: Path, config: MediaConfig) -> Clip:
@@ -96,17 +91,17 @@ def read_clip(path: Path, config: MediaConfig) -> Clip:
     Raises:
         MediaError: the file is broken, or has no video or no sound.
     """
-    media, count = _Kept(), config.video.frames
-    item = read_sample(Sample(path.stem, Frames(path, tuple(range(count)), count), path), config, media)
-    images, rate = media.images.permute(0, 3, 1, 2), config.audio.sample_rate
+    count, rate = config.video.frames, config.audio.sample_rate
+    frames, waveform = read_frames(Frames(path, tuple(range(count)), count)), read_audio(path, rate)
+    audio, video = filterbanks([waveform], config.audio)[0], frames_to_tensor(frames, config.video)
+    images = frames.permute(0, 3, 1, 2)
     scale = LARGEST / max(images.shape[2:])
     if scale < 1:
         images = F.resize(images, [max(1, round(scale * side)) for side in images.shape[2:]], antialias=True)
     with opened(path) as (container, _):
         # What a browser records has no duration.
-        duration = max((container.duration or 0) / av.time_base, len(media.sound) / rate)
-    frames = images.permute(0, 2, 3, 1).contiguous()
-    return Clip(path, item["audio"], item["video"], frames, media.sound, rate, duration)
+        duration = max((container.duration or 0) / av.time_base, len(waveform) / rate)
+    return Clip(path, audio, video, images.permute(0, 2, 3, 1).contiguous(), waveform, rate, duration)
 
 
 def _try_clip(path: Path, config: MediaConfig) -> tuple[Clip | MediaError]:
@@ -154,7 +149,7 @@ class Prediction(ABC):
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it: the file, the task, the checkpoint, the duration and the segments' times in seconds, and what
         is said about them."""
-        head = {"file": str(self.clip.path), "task": self.task, "checkpoint": str(self.checkpoint)}
+        head = {"file": self.clip.file, "task": self.task, "checkpoint": str(self.checkpoint)}
         values, parts = self._values()
         spans = self.clip.spans
         segments = [
@@ -368,7 +363,7 @@ class Predictor:
         checkpoint: a run's folder, or a checkpoint of it.
         task: "ave", "avs" or "avqa", which the checkpoint must be of; None: whichever it is of.
         pretrained: see `load_trained`.
-        device: None: a GPU where there is one.
+        device: "auto": a GPU where there is one.
         dtype: of the products; None: "bfloat16" on a GPU, "float32" on a CPU.
         impl: see `FastSTGCMA`.
 
@@ -387,11 +382,11 @@ class Predictor:
         *,
         task: Task | None = None,
         pretrained: str | os.PathLike[str] | None = None,
-        device: str | torch.device | None = None,
+        device: str | torch.device = "auto",
         dtype: Dtype | None = None,
         impl: Impl = "auto",
     ) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device: got '{self.device}', but PyTorch finds no GPU here")
         self.dtype: Dtype = dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
@@ -542,8 +537,8 @@ def main(args: Namespace) -> int:
     names = folder_names(paths)
     # First: it should not fail when the work is done.
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    device = None if args.device == "auto" else args.device
-    predictor = Predictor(args.checkpoint, task=args.task, pretrained=args.pretrained, device=device, dtype=args.dtype)
+    options = {"task": args.task, "pretrained": args.pretrained, "device": args.device, "dtype": args.dtype}
+    predictor = Predictor(args.checkpoint, **options)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=Console(), transient=True) as progress:
         results = progress.track(predictor.stream(paths, question=args.question), total=len(paths), description="clips")
@@ -552,7 +547,8 @@ def main(args: Namespace) -> int:
                 failed.append(result)
                 continue
             folder = result.save(args.out, name)
-            progress.console.print(f"{result.clip.path}: saved in {folder}", markup=False, highlight=False, soft_wrap=True)
+            text = f"{result.clip.file}: saved in {str(folder).encode(errors='replace').decode()}"
+            progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
             progress.console.print(result)
     errors = Console(stderr=True)
     for error in failed:

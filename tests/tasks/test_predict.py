@@ -1,6 +1,7 @@
 """`stgcma-fast predict`: its numbers are those of a test, files are what they are called, and what is wrong is named."""
 
 import json
+import os
 import shutil
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
@@ -13,10 +14,11 @@ import torch
 from matplotlib.text import Text
 from PIL import Image
 
-from stgcma_fast import FastSTGCMA
+from stgcma_fast import FastSTGCMA, load_pretrained
 from stgcma_fast.data import AVPipeline, Frames, MediaError, Sample, media_config, open_dataset
 from stgcma_fast.data.augment import frames_to_tensor
 from stgcma_fast.data.config import IMAGE_MEAN, IMAGE_STD
+from stgcma_fast.reference.model import is_trainable
 from stgcma_fast.tasks import Predictor, draw, predict
 from stgcma_fast.tasks.predict import encode_question, folder_names
 from stgcma_fast.tasks.trained import DESCRIPTION, PREFIX, Description, saved_state
@@ -190,6 +192,20 @@ def test_half_precision(clips, checkpoints, dtype):
     assert not torch.equal(one, other)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("task", NAMES)
+def test_a_gpu_predicts_what_a_cpu_does(task, clips, checkpoints):
+    question = QUESTION if task == "avqa" else None
+    for dtype, within in (("float32", 1e-3), (None, 0.05)):
+        gpu, cpu = (Predictor(checkpoints[task], device=device, dtype=dtype) for device in ("cuda", "cpu"))
+        assert gpu.dtype == (dtype or "bfloat16")
+        one, other = (predictor(clips / "b wide.mp4", question=question) for predictor in (gpu, cpu))
+        if task == "avqa":
+            assert dict(one.answers) == pytest.approx(dict(other.answers), abs=within)
+        else:
+            torch.testing.assert_close(one.probabilities, other.probabilities, rtol=0, atol=within)
+
+
 # The command
 
 
@@ -314,6 +330,31 @@ def test_what_is_not_finite_is_a_failure(clips, tmp_path, capsys):
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_name_that_is_no_text(clips, checkpoints, tmp_path, capsys):
+    """Old disks have such; JSON and terminals have letters alone."""
+    name = os.fsdecode(b"caf\xe9.mp4")
+    shutil.copy(clips / "b wide.mp4", tmp_path / name)
+    assert run(tmp_path / name, "--checkpoint", checkpoints["avs"], "--out", tmp_path / "out") == 0
+    assert run(tmp_path / name, "--checkpoint", checkpoints["ave"], "--out", tmp_path / "out") == 0
+    capsys.readouterr().out.encode()
+    (folder,) = (tmp_path / "out").iterdir()
+    assert strict_json(folder / "prediction.json")["file"] == f"{tmp_path}/caf?.mp4"
+
+
+@pytest.mark.parametrize("size", [(2, 34), (33, 21)])
+@pytest.mark.parametrize("duration", [0.05, 2.0, 3e9])
+def test_a_video_of_any_size_and_duration(tmp_path, size, duration):
+    """The last is what a damaged header may say: the file is no larger for it."""
+    images = (torch.arange(FRAMES * size[0] * size[1] * 3) % 251).view(FRAMES, *size, 3).byte()
+    clip = predict.Clip(Path("a.mp4"), images, images, images, torch.zeros(800), 16000, duration)
+    draw.write_video(tmp_path / "clip:1.mp4", images, clip)
+    with av.open(os.path.abspath(tmp_path / "clip:1.mp4")) as container:
+        frames = list(container.decode(container.streams.video[0]))
+    assert {(frame.height, frame.width) for frame in frames} == {tuple(side + side % 2 for side in size)}
+    assert FRAMES <= len(frames) <= 100 * FRAMES
+    assert len(frames) % FRAMES == 0
+
+
 # What is refused before anything is read
 
 
@@ -388,6 +429,21 @@ def test_adapters_without_their_backbone(clips, tmp_path):
         run(clips, "--checkpoint", path, "--out", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=r"holds adapters alone.*elsewhere\.pth"):
         run(clips, "--checkpoint", path, "--out", tmp_path / "out", "--pretrained", tmp_path / "elsewhere.pth")
+
+
+def test_adapters_beside_their_backbone(clips, tmp_path):
+    """They predict what the whole model does, wherever the backbone's file has gone."""
+    model = tiny("ave")
+    frozen = {key: value for key, value in model.state_dict().items() if not is_trainable(key) and "_audio" not in key}
+    frozen["patch_embed.proj.weight"] = frozen["patch_embed.proj.weight"].squeeze(2)
+    torch.save({"model": frozen}, tmp_path / "swin.pth")
+    load_pretrained(model, tmp_path / "swin.pth")  # audio's patches come from the file, too
+    whole = Predictor(save(tmp_path / "whole.ckpt", model))(clips / "b wide.mp4")
+    changes = {"weights": "adapters", "pretrained": str(tmp_path / "gone.pth")}
+    adapters = save(tmp_path / "adapters.ckpt", model, **changes)
+    assert run(clips, "--checkpoint", adapters, "--out", tmp_path / "out", "--pretrained", tmp_path / "swin.pth") == 0
+    values = strict_json(tmp_path / "out/b wide/prediction.json")
+    assert values["segments"] == whole.to_dict()["segments"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
