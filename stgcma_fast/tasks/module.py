@@ -66,7 +66,7 @@ class STGCMAModule(L.LightningModule):
         self,
         task: Task = "ave",
         arch: str | SwinConfig | ClipConfig = "swin_l",
-        adapters: str | float | list[float] = "base",
+        adapters: float | list[float] | str = "base",
         switches: dict[str, Any] | None = None,
         pretrained: str | None = None,
         grounding: str | None = None,
@@ -158,6 +158,8 @@ class STGCMAModule(L.LightningModule):
             raise ValueError(
                 "trainer: got neither max_epochs nor max_steps, expected one, for the learning rate falls to its end"
             )
+        # Where max_steps alone is given, Lightning has not asked the data how long an epoch is.
+        self.trainer.fit_loop.setup_data()
         epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         warmup = min(self.warmup_epochs * epoch, int(steps))
         groups = self.network.parameter_groups(self.lr, self.head_lr)
