@@ -57,7 +57,7 @@ def avqa_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fit_args(request: pytest.FixtureRequest) -> Callable[..., list[str]]:
     """``fit_args(task, folder, **changes)``: arguments of ``stgcma-fast fit`` for two epochs of the smallest model."""
 
