@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .check import Report
 
 SPLITS = ("train", "val", "test")
-_CONTAINERS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")  # the first of them where a clip has several
+CONTAINERS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")  # the first of them where a clip has several
 _FRAME = re.compile(r"(?!\.).*?(\d+)\.(?:jpe?g|png)", re.IGNORECASE)
 
 
@@ -67,7 +67,7 @@ class MediaFiles:
         for place in filter(Path.is_dir, reversed(frames)):
             self._folders |= {entry.name: Path(entry.path) for entry in os.scandir(place) if entry.is_dir()}
         self._audio = _by_stem(audio, (".wav", ".flac", ".ogg"))
-        self._containers = _by_stem(containers, _CONTAINERS)
+        self._containers = _by_stem(containers, CONTAINERS)
         # Where a clip should be that is nowhere.
         self._no_containers = not any(map(Path.is_dir, containers)) and any(map(Path.is_dir, frames))
         self._places = [next(filter(Path.is_dir, places), places[0]) for places in (frames, audio, containers)]

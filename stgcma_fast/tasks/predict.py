@@ -30,7 +30,7 @@ from ..data.audio import read_audio
 from ..data.augment import frames_to_tensor
 from ..data.avqa import WORDS
 from ..data.config import MediaConfig, media_config
-from ..data.dataset import _CONTAINERS
+from ..data.dataset import CONTAINERS
 from ..data.errors import MediaError
 from ..data.fbank import filterbanks
 from ..data.sample import Frames
@@ -483,9 +483,9 @@ def find_clips(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Path], lis
     for path in map(Path, paths):
         files = [path]
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in _CONTAINERS and file.is_file())
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in CONTAINERS and file.is_file())
             if not files:
-                errors.append(MediaError(path, f"it holds no clip, expected files that end in {', '.join(_CONTAINERS)}"))
+                errors.append(MediaError(path, f"it holds no clip, expected files that end in {', '.join(CONTAINERS)}"))
         for file in files:
             found.setdefault(file.resolve(), file)
     return list(found.values()), errors

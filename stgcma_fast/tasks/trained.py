@@ -145,7 +145,7 @@ def load_trained(
     if description.weights == "adapters":
         source = pretrained or description.pretrained
         try:
-            load_pretrained(model, source)
+            load_pretrained(model, source or "")
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{path} holds adapters alone, and the backbone they were trained on is not at {source}; "

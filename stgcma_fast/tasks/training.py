@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse import DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -45,6 +47,10 @@ It takes the run's average.ckpt, or else its best.ckpt; or what --checkpoint nam
 }
 
 
+class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Leaves the examples as they are written."""
+
+
 class _CLI(LightningCLI):
     """Lightning's command line for one command. A configuration file serves all three."""
 
@@ -58,7 +64,10 @@ class _CLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_kwargs={
                 "prog": f"stgcma-fast {command}",
+                # Not a line for each of a hundred options.
+                "usage": f"stgcma-fast {command} [--config FILE] [options]",
                 "description": f"{COMMANDS[command]}\n\nExamples:{_EXAMPLES[command]}",
+                "formatter_class": _Help,
             },
             args=list(args),
             run=False,
