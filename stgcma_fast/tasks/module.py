@@ -41,7 +41,7 @@ class STGCMAModule(L.LightningModule):
         adapters: with the name of an arch "tiny" or "base"; or bottleneck width over channels, one number or one per stage.
         switches: other fields of ModelConfig, such as {"fusion": "a2v"}, the rows of the paper's Tables 5 and 7. Numbers of
             classes and of words are those of the data.
-        pretrained: file of the frozen backbone's weights, or hf://owner/name/file; "random" leaves them as they were drawn.
+        pretrained: file of the frozen backbone's weights, or hf://owner/name/file; "random" draws them, for a try.
         grounding: file of AVQA's pretrained match layers.
         lr: highest learning rate.
         min_lr: learning rate that the cosine falls towards, of every group.
@@ -167,7 +167,9 @@ class STGCMAModule(L.LightningModule):
         groups = self.network.parameter_groups(self.lr, self.head_lr)
         for group in groups:
             group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-        fused = self.trainer.strategy.root_device.type == "cuda"
+        # Where gradients are scaled the fused optimizer undoes that itself, too late for clipping them.
+        scaled_and_clipped = self.trainer.precision == "16-mixed" and self.trainer.gradient_clip_val
+        fused = self.trainer.strategy.root_device.type == "cuda" and not scaled_and_clipped
         optimizer = torch.optim.Adam(groups, betas=(0.95, 0.999), weight_decay=self.weight_decay, fused=fused)
         factors = []
         for group in groups:
@@ -176,6 +178,16 @@ class STGCMAModule(L.LightningModule):
             factors.append(lambda step, rates=rates, lr=group["lr"]: rates[min(step, len(rates) - 1)] / lr)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        accumulated = self.trainer.accumulate_grad_batches > 1
+        optimizer.zero_grad(set_to_none=not accumulated)
+        if accumulated:
+            # A CUDA graph's gradients are gone with its next run: what is summed over several needs memory of its own.
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
 
     def forward(self, audio: Tensor, video: Tensor, *more: Tensor | None) -> Any:
         """The model's outputs; see `FastSTGCMA`."""
