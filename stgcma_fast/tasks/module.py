@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from ..checkpoint import named
 from ..config import ClipConfig, ModelConfig, SwinConfig, Task, preset
 from ..data import MediaConfig, media_config
 from ..heads.avqa import avqa_loss
@@ -227,11 +228,12 @@ class STGCMAModule(L.LightningModule):
     def _check_finite(self) -> None:
         if self._bad_step is None or (step := int(self._bad_step)) < 0:
             return
-        folder = self.trainer.default_root_dir
-        raise ValueError(
-            f"the loss of step {step} (epoch {self.trainer.current_epoch}) is not finite. Training stops here; the checkpoints "
-            f"in {folder} are from before. Lower lr, now {self.lr}, or train in bf16-mixed or 32-true, now "
-            f"{self.trainer.precision}"
+        raise self._not_finite(f"the loss of step {step} (epoch {self.trainer.current_epoch}) is not finite")
+
+    def _not_finite(self, what: str) -> ValueError:
+        return ValueError(
+            f"{what}. Training stops here; the checkpoints in {self.trainer.default_root_dir} are from before. Lower lr, now "
+            f"{self.lr}, or train in bf16-mixed or 32-true, now {self.trainer.precision}"
         )
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -273,7 +275,11 @@ class STGCMAModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._check_finite()
         saved = {PREFIX + key for key in saved_state(self.network, self.weights)}
-        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in saved}
+        state = {key: value for key, value in checkpoint["state_dict"].items() if key in saved}
+        # A loss that is finite may have a gradient that is not.
+        if broken := [key.removeprefix(PREFIX) for key, value in state.items() if not value.isfinite().all()]:
+            raise self._not_finite(f"step {self.trainer.global_step - 1} left {named('weights that are not finite', broken)}")
+        checkpoint["state_dict"] = state
         description = Description(self.config.to_dict(), self.weights, self.pretrained, self.classes, self.words)
         checkpoint[DESCRIPTION], checkpoint[SETTINGS] = description.to_dict(), self._settings()
 

@@ -15,6 +15,8 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from .callbacks import Progress, RunCheckpoints, WholeCheckpoints, average_checkpoints, best_checkpoint
@@ -97,10 +99,11 @@ class _CLI(LightningCLI):
             adapters = f"_{model.adapters}" if isinstance(model.adapters, str) else ""
             trainer.default_root_dir = f"runs/{model.task}/{arch}{adapters}"
         self.folder = Path(trainer.default_root_dir)
-        average = self.config.average
-        if average is not None and not average[0] <= average[1] <= trainer.max_epochs:
+        average, epochs = self.config.average, trainer.max_epochs
+        if average is not None and not average[0] <= average[1] <= (epochs or 0):
             raise ValueError(
-                f"average: got epochs {average[0]} to {average[1]}, expected a first and a last of {trainer.max_epochs}"
+                f"average: got epochs {average[0]} to {average[1]} with trainer.max_epochs {epochs}, expected a first and a "
+                "last of these"
             )
 
     def instantiate_trainer(self, **options: Any) -> L.Trainer:
@@ -128,7 +131,10 @@ def main(command: str, args: Sequence[str]) -> int:
         ValueError, OSError, MediaError: settings, files or data that cannot serve; a loss that is not finite; a device without
             enough memory.
     """
-    cli = _CLI(command, args)
+    try:
+        cli = _CLI(command, args)
+    except MisconfigurationException as error:  # as of an accelerator that is not there
+        raise ValueError(str(error)) from error
     try:
         if command == "fit":
             _fit(cli)
@@ -150,11 +156,15 @@ def _fit(cli: _CLI) -> None:
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=last if last.is_file() else None, weights_only=True)
     if cli.trainer.interrupted:
         return
+    # What comes now is of no new epoch and would be drawn as one.
+    cli.trainer.loggers = []
     if cli.best.best_model_path:
         found = Path(cli.best.best_model_path)
         _report(cli, "validate", _evaluate(cli, "validate", found), found)
     files = cli.checkpoints.epoch_files
-    if files and all(file.is_file() for file in files):
+    if missing := [file.name for file in files if not file.is_file()]:
+        rank_zero_info(f"no average: training ended without {', '.join(missing)}")
+    elif files:
         out = cli.checkpoints.folder / AVERAGE
         if cli.trainer.is_global_zero:
             average_checkpoints(files, out)
