@@ -58,6 +58,8 @@ class AVDataModule(L.LightningDataModule):
             "avqa": {},
         }
         self._datasets: dict[str, Dataset] = {}
+        self._train: AVPipeline | None = None
+        self._place: dict[str, Any] = {}
 
     def setup(self, stage: str) -> None:
         media = self.trainer.lightning_module.media
@@ -99,13 +101,25 @@ class AVDataModule(L.LightningDataModule):
         return getattr(dataset, "classes", ()), getattr(dataset, "vocabulary", ())
 
     def train_dataloader(self) -> AVPipeline:
-        return self._pipeline("train", shuffle=True, drop_last=True)
+        self._train = self._pipeline("train", shuffle=True, drop_last=True)
+        if self._place:
+            self._train.load_state_dict(self._place)
+        return self._train
 
     def val_dataloader(self) -> AVPipeline:
         return self._pipeline(self.selection)
 
     def test_dataloader(self) -> AVPipeline:
         return self._pipeline("test")
+
+    # Lightning's own way to keep a loader's place forgets it where the optimizer has asked how many steps there will be.
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the training split."""
+        return self._train.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there when training begins."""
+        self._place = state_dict
 
     def _pipeline(self, split: str, **options: Any) -> AVPipeline:
         strategy = self.trainer.strategy
