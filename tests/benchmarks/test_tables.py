@@ -156,7 +156,18 @@ def test_profile_adds_the_directions_of_a_class():
     assert cells(text, *names, "a step without the profiler")[5:] == ["900", "200"]
 
 
-@pytest.mark.parametrize("part", ["operators", "scaling", "profile", "data"])
+def test_fit():
+    key = {"arch": "swin_l", "adapters": "base", "task": "ave", "batch_size": 8, "dtype": "bfloat16", "device": "cuda"}
+    rest = {"backend": "dali", "waiting": 0.014, "gpu_busy": None, "peak_mb": 20123.4}
+    rows = [
+        key | {"impl": "fit", "p50_ms": 101.4, "clips_per_s": 78.9} | rest,
+        key | {"impl": "fast_graph", "p50_ms": 80.0, "clips_per_s": 100.0},
+    ]
+    text = tables.fit([results(fit=rows)])
+    assert cells(text, "swin_l base, ave", "8")[2:] == ["bfloat16", "dali", "101", "78.9", "-", "79%", "1%", "-", "20123"]
+
+
+@pytest.mark.parametrize("part", ["operators", "scaling", "profile", "data", "fit"])
 def test_a_part_that_nobody_measured(part):
     assert tables.GENERATORS[part]([results(throughput=pair(2, 1))]) == "Not measured yet."
 
