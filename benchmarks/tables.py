@@ -340,19 +340,16 @@ def fit(results: Results) -> str:
             cells[-1] += [milliseconds(row["p50_ms"]), f"{row['clips_per_s']:.3g}"]
             for name in ("fast", "fast_graph"):
                 cells[-1].append(share(row["clips_per_s"] / line[name]["clips_per_s"]) if name in line else "-")
-            cells[-1] += [
-                share(row["waiting"]),
-                share(row["gpu_busy"]),
-                "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
-            ]
+            cells[-1] += [share(row["waiting"]), share(row["gpu_busy"])]
+            cells[-1].append("-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}")
         headings = ["model", "batch", "dtype", "decoding", "step ms", "clips/s"]
         headings += [f"of {IMPLEMENTATIONS[name][0]}" for name in ("fast", "fast_graph")]
         return markdown([*headings, "waiting for data", "GPU busy", "peak MB"], cells, 4)
 
     return section(
-        "`stgcma-fast fit` on synthetic clips, H.264 in mp4: the median of a step, and clips/s of all of them together, also as a "
-        "share of what the same model does in train steps alone, without data; the share of the time in which the trainer had no "
-        "batch to go on with, and in which the GPU ran any kernel; the most memory held.",
+        "`stgcma-fast fit` on synthetic clips, H.264 in mp4: the median of a step; clips/s, also as a share of what the same "
+        "model does in train steps alone, without data; shares of the time in which the trainer had no batch to go on with, "
+        "and in which the GPU ran any kernel; the most memory held.",
         newest(results, "fit", ("arch", "adapters", "task", "batch_size", "dtype"), (), "impl"),
         table,
     )
