@@ -38,7 +38,12 @@ class WholeCheckpoints(CheckpointIO):
             return read_checkpoint(path)
         except ValueError:
             # A published checkpoint of a whole model can be tested, too.
-            state = read_state_dict(path)
+            try:
+                state = read_state_dict(path)
+            except ValueError as error:
+                if Path(path).name != LAST:
+                    raise
+                raise ValueError(f"{error}. There is nothing to go on from: remove it to begin anew") from error
             return {
                 "state_dict": {PREFIX + key.removeprefix("module."): value for key, value in state.items()},
                 "pytorch-lightning_version": L.__version__,
@@ -60,15 +65,18 @@ class RunCheckpoints(Checkpoint):
     def __init__(self, folder: Path, every: int, average: tuple[int, int] | None) -> None:
         self.folder, self.every = folder, every
         self.epochs = range(average[0], average[1] + 1) if average is not None else range(0)
-        self._step = -1
+        self._step = 0
 
     @property
     def epoch_files(self) -> list[Path]:
         """Of the epochs that are averaged."""
         return [self.folder / f"epoch-{epoch:02d}.ckpt" for epoch in self.epochs]
 
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._step = trainer.global_step
+
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        # Several batches make a step where gradients are accumulated: behind the first of the next the step has begun again.
+        # Several batches make a step where gradients are accumulated: what the first of them gave is in no checkpoint.
         step, self._step = self._step, trainer.global_step
         # The last batch of an epoch is followed by its evaluation, which must not be left out.
         if trainer.global_step != step and trainer.global_step % self.every == 0 and not trainer.is_last_batch:
@@ -81,17 +89,31 @@ class RunCheckpoints(Checkpoint):
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
 
 
-def best_checkpoint(folder: Path, score: str) -> ModelCheckpoint:
-    """Keeps the weights of the epoch with the highest score."""
-    return ModelCheckpoint(
-        folder,
-        Path(BEST).stem,
-        score,
-        mode="max",
-        save_weights_only=True,
-        enable_version_counter=False,
-        auto_insert_metric_name=False,
-    )
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the weights of the epoch with the highest score.
+
+    Args:
+        folder: for them.
+        score: its name.
+    """
+
+    def __init__(self, folder: Path, score: str) -> None:
+        super().__init__(
+            folder,
+            Path(BEST).stem,
+            score,
+            mode="max",
+            save_weights_only=True,
+            enable_version_counter=False,
+            auto_insert_metric_name=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Where a run was moved to another folder Lightning would forget what the best was.
+        path = str(Path(self.dirpath) / BEST)
+        moved = {key: path for key in ("best_model_path", "kth_best_model_path") if state_dict[key]}
+        models = dict.fromkeys([path] * len(state_dict["best_k_models"]), state_dict["best_model_score"])
+        super().load_state_dict({**state_dict, **moved, "best_k_models": models, "dirpath": self.dirpath})
 
 
 def average_checkpoints(paths: Sequence[Path], out: Path) -> None:

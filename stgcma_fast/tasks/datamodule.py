@@ -25,6 +25,7 @@ class AVDataModule(L.LightningDataModule):
         backend: what decodes: "dali", on the GPU; "pyav"; "auto", the fastest that can.
         selection: the split by which the best epoch is chosen. "test" is how the published results were selected: it makes
             test scores too good, and is for comparing with them.
+        augment: of AVE: train on frames that are changed at random and on mixed sound, not on the clips as they are.
         mixup: of AVE: probability of mixing another clip's sound in.
         mix_labels: of AVE: mix the labels as the sound is; published training does not.
         subset: of AVS: "s4" or "ms3" where the root has both.
@@ -43,6 +44,7 @@ class AVDataModule(L.LightningDataModule):
         workers: int | None = None,
         backend: BackendName = "auto",
         selection: Literal["val", "test"] = "val",
+        augment: bool = True,
         mixup: float = 0.5,
         mix_labels: bool = False,
         subset: Literal["s4", "ms3"] | None = None,
@@ -52,8 +54,8 @@ class AVDataModule(L.LightningDataModule):
         super().__init__()
         self.root, self.batch_size, self.selection, self.seed = Path(root), batch_size, selection, seed
         self._pipeline_options = {"backend": backend, "workers": workers, "on_error": on_error, "seed": seed}
-        self._options: dict[str, dict[str, Any]] = {
-            "ave": {"mixup": mixup, "mix_labels": mix_labels},
+        self.options: dict[str, dict[str, Any]] = {
+            "ave": {"augment": augment, "mixup": mixup, "mix_labels": mix_labels},
             "avs": {"subset": subset},
             "avqa": {},
         }
@@ -66,10 +68,11 @@ class AVDataModule(L.LightningDataModule):
         splits = {"fit": ("train", self.selection), "validate": (self.selection,), "test": ("test",)}[stage]
         for split in splits:
             # The split that is selected on may be of the same name, but never has training's draws.
-            self._datasets[split] = self._open(split, media, train=split == "train")
+            self._datasets[split] = self._open(split, media, split == "train")
 
     def _open(self, split: str, media: MediaConfig, train: bool) -> Dataset:
-        options = {"train": train, "seed": self.seed, **self._options[media.task]}
+        options = {"seed": self.seed, **self.options[media.task]}
+        options["train"] = train and options.pop("augment", True)
         if media.task == "avqa":
             options["negatives"] = train  # evaluation does not look at them
         if (self.root / split / INDEX).is_file():

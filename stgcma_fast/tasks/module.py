@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from ..checkpoint import named
 from ..config import ClipConfig, ModelConfig, SwinConfig, Task, preset
@@ -149,6 +150,8 @@ class STGCMAModule(L.LightningModule):
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(is_trainable(name) and name not in unreached)
         self.metrics = build_metrics(self.config.task)
+        # Lightning's own mean over processes counts their clips wrongly where not all have as many.
+        self.mean_loss = MeanMetric(nan_strategy="disable")
         mode = self.compile_mode
         if mode == "auto":
             mode = "reduce-overhead" if self.trainer.strategy.root_device.type == "cuda" else "off"
@@ -237,16 +240,16 @@ class STGCMAModule(L.LightningModule):
         )
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "val/loss")
+        self._evaluate(batch)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "test/loss")
+        self._evaluate(batch)
 
-    def _evaluate(self, batch: dict[str, Any], name: str) -> None:
+    def _evaluate(self, batch: dict[str, Any]) -> None:
         output = self._run(batch, None)
         # No negatives are looked at: answers do not depend on them.
         loss = F.cross_entropy(output[0], batch["label"]) if self.config.task == "avqa" else self.loss(output, batch)
-        self.log(name, loss, batch_size=len(batch["audio"]), sync_dist=True)
+        self.mean_loss.update(loss, len(batch["audio"]))
         self.metrics.update(output, batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -256,7 +259,8 @@ class STGCMAModule(L.LightningModule):
         self._end("test")
 
     def _end(self, stage: str) -> None:
-        values = self.metrics.compute()
+        values = {"loss": self.mean_loss.compute(), **self.metrics.compute()}
+        self.mean_loss.reset()
         self.metrics.reset()
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
 
@@ -267,9 +271,11 @@ class STGCMAModule(L.LightningModule):
             **{name: getattr(self, name) for name in ("lr", "min_lr", "head_lr", "warmup_epochs", "weight_decay", "seed")},
             **self.loss_options,
             **{f"trainer.{name}": getattr(trainer, name) for name in ("max_epochs", "max_steps", "accumulate_grad_batches")},
+            "trainer.gradient_clip_val": trainer.gradient_clip_val,
             "trainer.precision": trainer.precision,
             "trainer.devices": trainer.world_size,
-            "data.batch_size": data.batch_size,
+            **{f"data.{name}": getattr(data, name) for name in ("batch_size", "selection")},
+            **{f"data.{name}": value for name, value in data.options[self.config.task].items()},
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,10 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from rich.console import Console
 
-from .callbacks import Progress, RunCheckpoints, WholeCheckpoints, average_checkpoints, best_checkpoint
+from .callbacks import BestCheckpoint, Progress, RunCheckpoints, WholeCheckpoints, average_checkpoints
 from .curves import LOGS, Curves
 from .datamodule import AVDataModule
 from .metrics import SELECTED, table
@@ -113,7 +114,7 @@ class _CLI(LightningCLI):
         if fit:
             task, folder = self.config.model.task, self.folder / "checkpoints"
             self.checkpoints = RunCheckpoints(folder, self.config.save_every, self.config.average)
-            self.best = best_checkpoint(folder, f"val/{SELECTED[task]}")
+            self.best = BestCheckpoint(folder, f"val/{SELECTED[task]}")
             callbacks += [self.best, self.checkpoints, Curves(self.folder)]
         if given.logger in (None, True):
             # Each start of a run has logs of its own.
@@ -141,6 +142,13 @@ def main(command: str, args: Sequence[str]) -> int:
         else:
             found = find_checkpoint(cli.config.checkpoint or cli.folder)
             _report(cli, command, _evaluate(cli, command, found), found)
+    except SystemExit as error:  # Lightning's way out after ^C and SIGTERM
+        if not cli.trainer.interrupted:
+            raise
+        if command == "fit":
+            last = cli.checkpoints.folder / LAST
+            rank_zero_info(f"stopped; the same command goes on from {last if last.is_file() else 'the start'}")
+        return 128 + (signal.SIGTERM if isinstance(error, SIGTERMException) else signal.SIGINT)
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"{cli.trainer.strategy.root_device} has not enough memory for batches of {cli.datamodule.batch_size} ({error}). "
@@ -154,8 +162,6 @@ def main(command: str, args: Sequence[str]) -> int:
 def _fit(cli: _CLI) -> None:
     last = cli.checkpoints.folder / LAST
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=last if last.is_file() else None, weights_only=True)
-    if cli.trainer.interrupted:
-        return
     # What comes now is of no new epoch and would be drawn as one.
     cli.trainer.loggers = []
     if cli.best.best_model_path:
