@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
@@ -467,3 +468,17 @@ def test_ranges_name_the_negative_way():
         for block in ("stage 1/block 1", "stage 1/block 2", "stage 2/block 1"):
             assert {block, f"{block}/negative", f"{block}/negative/spatial", f"{block}/spatial"} <= names
         assert [event.name for event in ranges].count("head") == 1
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager():
+    """In parts, for PyTorch does not trace the LSTM between them."""
+    small = sf.SwinConfig(image_size=16, embed_dim=16, depths=(1,), num_heads=(1,), window=2)
+    switches = {"adapter_ratio": 0.5, "num_frames": 2, "num_classes": 5, "vocabulary": 11}
+    model = seed(sf.FastSTGCMA(sf.ModelConfig(small, task="avqa", **switches))).eval()
+    arguments, loss_of = task_inputs(model.config, 1)
+    wanted = run(model, arguments, loss_of)
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile(backend=counter)
+    assert_same(run(model, arguments, loss_of), wanted, rtol=1e-6)
+    assert counter.frame_count > 1
