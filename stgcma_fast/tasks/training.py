@@ -14,7 +14,7 @@ import torch
 from jsonargparse import DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -62,6 +62,9 @@ class _CLI(LightningCLI):
         super().__init__(
             STGCMAModule,
             AVDataModule,
+            # Beside a run's logs. Without a logger it is in the run's own folder, for each start anew.
+            save_config_callback=SaveConfigCallback if command == "fit" else None,
+            save_config_kwargs={"overwrite": True},
             trainer_defaults={"max_epochs": 20, "precision": "bf16-mixed", "devices": 1},
             seed_everything_default=0,
             auto_configure_optimizers=False,
