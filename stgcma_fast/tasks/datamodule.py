@@ -68,7 +68,13 @@ class AVDataModule(L.LightningDataModule):
         splits = {"fit": ("train", self.selection), "validate": (self.selection,), "test": ("test",)}[stage]
         for split in splits:
             # The split that is selected on may be of the same name, but never has training's draws.
-            self._datasets[split] = self._open(split, media, split == "train")
+            dataset = self._datasets[split] = self._open(split, media, split == "train")
+            # A process without a clip ends at once, and the others would wait for it.
+            if len(dataset) < (ranks := self.trainer.world_size):
+                raise ValueError(
+                    f"{self.root}: got split {split!r} of {len(dataset)} items, expected one or more for each of {ranks} "
+                    "processes"
+                )
 
     def _open(self, split: str, media: MediaConfig, train: bool) -> Dataset:
         options = {"seed": self.seed, **self.options[media.task]}
