@@ -125,12 +125,9 @@ def frames_to_tensor(frames: Tensor, config: VideoConfig, augmentation: Augmenta
         return _normalise(images, config.layout)
     # Autocast is for models: in bfloat16, the grid of a turned image is off by many pixels.
     with torch.autocast(frames.device.type, enabled=False):
-        for operator in augmentation.operators:
-            images = OPERATIONS[operator.name](images.contiguous(), operator.magnitude, operator.sign)
-    height, width = images.shape[2:]
-    top, left, height, width = augmentation.crop.within(height, width) or _central(height, width)
+        images = _operated(images, augmentation)
     # Normalising is the same for every pixel, and weights of an interpolation add up to 1: their order does not matter.
-    images = _interpolate(images[:, :, top : top + height, left : left + width], size, "bilinear", torch.channels_last)
+    images = _interpolate(images, size, "bilinear", torch.channels_last)
     video = _normalise(images.flip(3) if augmentation.flip else images, config.layout)
     if augmentation.erase and (box := augmentation.erase.within(size, size)):
         top, left, height, width = box
@@ -138,6 +135,21 @@ def frames_to_tensor(frames: Tensor, config: VideoConfig, augmentation: Augmenta
         noise = noise.transpose(0, 1) if config.layout == "CTHW" else noise
         video[..., top : top + height, left : left + width] = noise.to(video.device)
     return video
+
+
+def _operated(images: Tensor, augmentation: Augmentation) -> Tensor:
+    """What the operators of RandAugment make of the crop ``[M, 3, h, w]``."""
+    box = augmentation.crop.within(*images.shape[2:]) or _central(*images.shape[2:])
+    *others, last = augmentation.operators or (None,)
+    for operator in others:
+        images = OPERATIONS[operator.name](images.contiguous(), operator.magnitude, operator.sign)
+    if last and last.name in GEOMETRIC:
+        # It takes the longest. What lies outside of the crop is left out.
+        return _warp(images.contiguous(), *GEOMETRIC[last.name](last.magnitude * last.sign, *images.shape[2:]), box)
+    if last:
+        images = OPERATIONS[last.name](images.contiguous(), last.magnitude, last.sign)
+    top, left, height, width = box
+    return images[..., top : top + height, left : left + width]
 
 
 def _crop(images: Tensor, size: int) -> Tensor:
@@ -174,28 +186,51 @@ def _central(height: int, width: int) -> tuple[int, int, int, int]:
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def _warp(images: Tensor, across: Sequence[float], down: Sequence[float]) -> Tensor:
+def _warp(
+    images: Tensor, across: Sequence[float], down: Sequence[float], box: tuple[int, int, int, int] | None = None
+) -> Tensor:
     """Point (x, y) shows what was at (across . (x, y, 1), down . (x, y, 1)), in pixels from the corner; outside is grey.
 
-    Cubic interpolation as PIL does it, but with the coefficient -0.75 of PyTorch where PIL has -0.5.
+    Cubic interpolation as PIL does it, but with the coefficient -0.75 of PyTorch where PIL has -0.5. Of the result, only the
+    box is made: top, left, height and width.
     """
     height, width = images.shape[2:]
+    top, left, box_height, box_width = box or (0, 0, height, width)
     # The same map between coordinates that go from -1 to 1.
     (a, b, c), (d, e, f) = across, down
     b, d = b * height / width, d * width / height
     theta = torch.tensor([[a, b, a + b + 2 * c / width - 1], [d, e, d + e + 2 * f / height - 1]])
-    grid = torch.nn.functional.affine_grid(theta[None], [1, 3, height, width], align_corners=False).to(images.device)
-    warped = torch.nn.functional.grid_sample(
-        images.float(), grid.expand(len(images), -1, -1, -1), "bicubic", "border", align_corners=False
-    )
-    return warped.masked_fill_((grid.abs() > 1).any(-1), FILL).round_().clamp_(0, 255).to(torch.uint8)
+    grid = torch.nn.functional.affine_grid(theta[None], [1, 3, height, width], align_corners=False)
+    grid = grid[:, top : top + box_height, left : left + box_width].to(images.device)
+    outside = (grid.abs() > 1).any(-1)
+    warped = []
+    # A processor keeps a frame in its cache from one step to the next; on a GPU a launch costs more.
+    for part in images.split(1 if images.device.type == "cpu" else len(images)):
+        values = torch.nn.functional.grid_sample(
+            part.float(), grid.expand(len(part), -1, -1, -1), "bicubic", "border", align_corners=False
+        )
+        warped.append(values.masked_fill_(outside, FILL).round_().clamp_(0, 255).to(torch.uint8))
+    return torch.cat(warped)
 
 
-def _rotate(images: Tensor, magnitude: float, sign: int) -> Tensor:
-    height, width = images.shape[2:]
-    angle = math.radians(3 * magnitude * sign)
+def _rotation(value: float, height: int, width: int) -> tuple[Sequence[float], Sequence[float]]:
+    angle = math.radians(3 * value)
     cos, sin, x, y = math.cos(angle), math.sin(angle), width / 2, height / 2
-    return _warp(images, (cos, -sin, x - cos * x + sin * y), (sin, cos, y - sin * x - cos * y))
+    return (cos, -sin, x - cos * x + sin * y), (sin, cos, y - sin * x - cos * y)
+
+
+# Of a magnitude with its sign, the height and the width: where a point of the image was; see `_warp`.
+GEOMETRIC: dict[str, Callable[[float, int, int], tuple[Sequence[float], Sequence[float]]]] = {
+    "Rotate": _rotation,
+    "ShearX": lambda value, height, width: ((1, 0.03 * value, 0), (0, 1, 0)),
+    "ShearY": lambda value, height, width: ((1, 0, 0), (0.03 * value, 1, 0)),
+    "TranslateXRel": lambda value, height, width: ((1, 0, 0.045 * value * width), (0, 1, 0)),
+    "TranslateYRel": lambda value, height, width: ((1, 0, 0), (0, 1, 0.045 * value * height)),
+}
+
+
+def _geometric(name: str) -> Callable[[Tensor, float, int], Tensor]:
+    return lambda images, magnitude, sign: _warp(images, *GEOMETRIC[name](magnitude * sign, *images.shape[2:]))
 
 
 def _posterize(images: Tensor, magnitude: float, sign: int) -> Tensor:
@@ -219,28 +254,12 @@ def _enhance(adjust: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, flo
     return lambda images, magnitude, sign: adjust(images, 1 + sign * 0.09 * magnitude)
 
 
-def _shear_x(images: Tensor, magnitude: float, sign: int) -> Tensor:
-    return _warp(images, (1, 0.03 * magnitude * sign, 0), (0, 1, 0))
-
-
-def _shear_y(images: Tensor, magnitude: float, sign: int) -> Tensor:
-    return _warp(images, (1, 0, 0), (0.03 * magnitude * sign, 1, 0))
-
-
-def _translate_x(images: Tensor, magnitude: float, sign: int) -> Tensor:
-    return _warp(images, (1, 0, 0.045 * magnitude * sign * images.shape[3]), (0, 1, 0))
-
-
-def _translate_y(images: Tensor, magnitude: float, sign: int) -> Tensor:
-    return _warp(images, (1, 0, 0), (0, 1, 0.045 * magnitude * sign * images.shape[2]))
-
-
 # Each takes uint8 [M, 3, H, W], a magnitude and a sign.
 OPERATIONS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
     "AutoContrast": lambda images, magnitude, sign: F.autocontrast(images),
     "Equalize": lambda images, magnitude, sign: F.equalize(images),
     "Invert": lambda images, magnitude, sign: F.invert(images),
-    "Rotate": _rotate,
+    "Rotate": _geometric("Rotate"),
     "PosterizeIncreasing": _posterize,
     "SolarizeIncreasing": _solarize,
     "SolarizeAdd": _solarize_add,
@@ -248,8 +267,8 @@ OPERATIONS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
     "ContrastIncreasing": _enhance(F.adjust_contrast),
     "BrightnessIncreasing": _enhance(F.adjust_brightness),
     "SharpnessIncreasing": _enhance(_sharpen),
-    "ShearX": _shear_x,
-    "ShearY": _shear_y,
-    "TranslateXRel": _translate_x,
-    "TranslateYRel": _translate_y,
+    "ShearX": _geometric("ShearX"),
+    "ShearY": _geometric("ShearY"),
+    "TranslateXRel": _geometric("TranslateXRel"),
+    "TranslateYRel": _geometric("TranslateYRel"),
 }

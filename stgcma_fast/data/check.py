@@ -79,7 +79,7 @@ def check_root(
     splits: Sequence[str] = SPLITS,
     *,
     decode: bool = False,
-    jobs: int | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Report:
@@ -88,7 +88,7 @@ def check_root(
     Args:
         task, root: see `open_dataset`.
         splits: that should be there.
-        decode, jobs, progress: see `check_datasets`.
+        decode, workers, progress: see `check_datasets`.
         options: of the data set.
     """
     datasets, findings = [], []
@@ -100,14 +100,14 @@ def check_root(
             where, _, what = str(error).partition(": ")
             problems.append((where, what))
         findings += [Finding("annotation", (split,), where, what) for where, what in problems]
-    return check_datasets(datasets, decode=decode, jobs=jobs, progress=progress, findings=findings)
+    return check_datasets(datasets, decode=decode, workers=workers, progress=progress, findings=findings)
 
 
 def check_datasets(
     datasets: Sequence[MediaDataset],
     *,
     decode: bool = False,
-    jobs: int | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
     findings: Sequence[Finding] = (),
 ) -> Report:
@@ -117,7 +117,7 @@ def check_datasets(
         datasets: the splits.
         decode: decode all sound, and every frame that training may ask for. Otherwise the headers of images are read, wavs, and
             containers without decoding them.
-        jobs: threads; None: as many as there are processors.
+        workers: threads; None: as many as there are processors.
         progress: shows how far it is.
         findings: that there are already.
     """
@@ -143,7 +143,7 @@ def check_datasets(
             find("overlap", [one, other], clip, "it is in several splits")
 
     places = {count for dataset in datasets for count in dataset.places}
-    pool = ThreadPoolExecutor(jobs or os.cpu_count())
+    pool = ThreadPoolExecutor(workers or os.cpu_count())
     try:
         results = pool.map(partial(_faults, places=places, decode=decode), files)
         if progress:
@@ -219,7 +219,7 @@ def _size(path: Path, decode: bool) -> tuple[int, int]:
     """Width and height of an image."""
     from PIL import Image
 
-    from .video import check_file, read_frames
+    from .video import check_file, check_image, read_frames
 
     if decode:
         height, width = read_frames(Frames((path,), (0,), 1)).shape[1:3]
@@ -227,6 +227,7 @@ def _size(path: Path, decode: bool) -> tuple[int, int]:
     check_file(path)
     try:
         with Image.open(path) as image:
+            check_image(path, image)
             return image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MediaError(path, f"it can not be read as an image: {error}") from error
@@ -236,14 +237,15 @@ def parser() -> ArgumentParser:
     """The command line of ``stgcma-fast data check``."""
     p = ArgumentParser(
         description=f"{__doc__} Its exit status is 1 if something is missing or broken. Clips in several splits and items "
-        "that a split has twice are told, but are in published data sets, too."
+        "that a split has twice are told, but are in published data sets, too. "
+        "Example: stgcma-fast data check --task ave --root AVE --decode"
     )
     p.add_argument("--task", choices=get_args(DataTask), required=True, help="whose layout it has")
     p.add_argument("--root", type=str, required=True, metavar="DIR", help="folder of the data set")
     p.add_argument("--split", choices=SPLITS, nargs="+", default=list(SPLITS), help="splits that should be there")
     p.add_argument("--subset", choices=("s4", "ms3"), help="of AVSBench, where the folder has both")
     p.add_argument("--decode", action="store_true", help="decode what training may ask for; else headers are read")
-    p.add_argument("--jobs", type=PositiveInt | None, default=None, help="threads; as many as processors where it is not given")
+    p.add_argument("--workers", type=PositiveInt | None, help="threads; as many as there are processors without it")
     p.add_argument("--json", type=str, metavar="FILE", help="write the report here; the folder must exist")
     return p
 
@@ -257,7 +259,9 @@ def main(args: Namespace) -> int:
         # The file first: it should not fail when all the work is done.
         file = stack.enter_context(open(args.json, "w", encoding="utf-8")) if args.json else None
         progress = stack.enter_context(Progress(console=Console(stderr=True), transient=True))
-        report = check_root(args.task, args.root, args.split, decode=args.decode, jobs=args.jobs, progress=progress, **options)
+        report = check_root(
+            args.task, args.root, args.split, decode=args.decode, workers=args.workers, progress=progress, **options
+        )
         if file:
             json.dump(report.to_dict(), file, indent=1)
             file.write("\n")

@@ -36,7 +36,7 @@ from .augment import frames_to_tensor
 from .errors import MediaError
 from .fbank import filterbanks
 from .pipeline import SKIPPED, Dataset, Items
-from .read import FILES, read_masks, read_waveforms
+from .read import FILES, read_masks, read_mix
 from .sample import Frames, Sample
 from .torch_backend import _cores
 from .video import opened, opened_image, quarters, read_frames, scan, uniform
@@ -189,7 +189,7 @@ class DaliBackend:
             read_frames(frames) if isinstance(frames.source, Path) else _encode(frames, self._device)
             for frames in sample.negatives
         ]
-        waveform, mix = read_waveforms(sample, config)
+        waveform, mix = FILES.waveform(sample.audio, config.audio.sample_rate), read_mix(sample, config)
         size = video.size if isinstance(video, _Encoded) else video.shape[1:3]
         masks = read_masks(sample, config.video, size) if sample.masks else None
         return _Clip(sample, [video, *negatives], waveform, mix, masks)

@@ -12,13 +12,13 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from .audio import read_audio
+from .audio import read_audio, track_audio
 from .augment import frames_to_tensor
 from .config import MediaConfig, VideoConfig
 from .errors import MediaError
 from .fbank import filterbanks
 from .sample import Frames, Sample
-from .video import opened_image, read_frames
+from .video import decoded, opened, opened_image, read_frames, scan
 
 # Of a mask in shades of grey: the sound's source is brighter.
 GREY = 127
@@ -35,6 +35,10 @@ class Media(Protocol):
         """float32 ``[N]``; see `read_audio`."""
         ...
 
+    def clip(self, frames: Frames, audio: Path, sample_rate: int) -> tuple[Tensor, Tensor]:
+        """Both."""
+        ...
+
     def mask(self, path: Path) -> Tensor:
         """bool ``[H, W]``; see `read_mask`."""
         ...
@@ -48,6 +52,14 @@ class Files:
 
     def waveform(self, path: Path, sample_rate: int) -> Tensor:
         return read_audio(path, sample_rate)
+
+    def clip(self, frames: Frames, audio: Path, sample_rate: int) -> tuple[Tensor, Tensor]:
+        if frames.source != audio:
+            return self.frames(frames), self.waveform(audio, sample_rate)
+        # Opening takes milliseconds, and so does going through the packets: once is enough.
+        with opened(audio) as (container, stream):
+            track = scan(audio, container, stream)
+            return decoded(frames, stream, track), track_audio(audio, container, track.all, sample_rate)
 
     def mask(self, path: Path) -> Tensor:
         return read_mask(path)
@@ -72,8 +84,8 @@ def read_sample(sample: Sample, config: MediaConfig, media: Media = FILES) -> di
     Raises:
         MediaError: a file is broken or does not fit the others.
     """
-    frames = media.frames(sample.video)
-    waveform, mix = read_waveforms(sample, config, media)
+    frames, waveform = media.clip(sample.video, sample.audio, config.audio.sample_rate)
+    mix = read_mix(sample, config, media)
     item = {
         "video": frames_to_tensor(frames, config.video, sample.augmentation),
         "audio": filterbanks([waveform], config.audio, [mix])[0],
@@ -87,16 +99,13 @@ def read_sample(sample: Sample, config: MediaConfig, media: Media = FILES) -> di
     return item
 
 
-def read_waveforms(
-    sample: Sample, config: MediaConfig, media: Media = FILES
-) -> tuple[Tensor, tuple[Tensor, Sequence[float]] | None]:
-    """A sample's waveform ``[N]`` and what is mixed into it, as `filterbanks` takes them.
+def read_mix(sample: Sample, config: MediaConfig, media: Media = FILES) -> tuple[Tensor, Sequence[float]] | None:
+    """What is mixed into a sample's waveform, as `filterbanks` takes it.
 
     Raises:
-        MediaError: a file is broken.
+        MediaError: its file is broken.
     """
-    rate, mix = config.audio.sample_rate, sample.mix
-    return media.waveform(sample.audio, rate), mix and (media.waveform(mix.audio, rate), mix.lams)
+    return sample.mix and (media.waveform(sample.mix.audio, config.audio.sample_rate), sample.mix.lams)
 
 
 def read_masks(sample: Sample, config: VideoConfig, size: tuple[int, int], media: Media = FILES) -> Tensor:

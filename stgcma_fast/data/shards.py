@@ -80,6 +80,9 @@ class PackedMedia(ABC):
             raise MediaError(self.where(clip), f"sound of {rate} Hz was packed, {sample_rate} Hz are asked for")
         return samples
 
+    def clip(self, frames: Frames, audio: Path, sample_rate: int) -> tuple[Tensor, Tensor]:
+        return self.frames(frames), self.waveform(audio, sample_rate)
+
     def mask(self, path: Path) -> Tensor:
         clip = path.parent.name
         number = self.about(clip)["masks"].index(path.name)

@@ -71,16 +71,14 @@ def read_frames(frames: Frames) -> Tensor:
     if not isinstance(frames.source, Path):
         return _read_images([frames.source[index] for index in uniform(len(frames.source), frames.slots, frames.of)])
     with opened(frames.source) as (container, stream):
-        track = scan(frames.source, container, stream)
-        wanted = track.choose(frames.slots, frames.of)
-        images = _decode(frames.source, stream.codec_context, track, set(wanted))
-    return torch.stack([images[index] for index in wanted])
+        return decoded(frames, stream, scan(frames.source, container, stream))
 
 
-class _Track(NamedTuple):
+class Track(NamedTuple):
     """Packets of a video."""
 
     packets: list[av.Packet]  # as they are decoded
+    all: list[av.Packet]  # of all tracks of the container, as they lie in it
     shown: list[int]  # which packet each frame is, as they are displayed
     timed: bool  # whether a frame's time tells which packet it is
 
@@ -129,11 +127,11 @@ def check_file(path: str | os.PathLike[str]) -> None:
         raise MediaError(path, "it is empty (0 bytes)")
 
 
-def scan(path: str | os.PathLike[str], container: av.container.InputContainer, stream: av.VideoStream) -> _Track:
+def scan(path: str | os.PathLike[str], container: av.container.InputContainer, stream: av.VideoStream) -> Track:
     """All packets of a video. Headers are not asked how many there are: they may be wrong."""
-    packets: list[av.Packet] = []
+    everything, packets = list(container.demux()), []
     ends = dict.fromkeys(range(len(container.streams)), 0)
-    for packet in container.demux():
+    for packet in everything:
         # The last packet of each track is an empty one.
         if not packet.size:
             continue
@@ -163,10 +161,17 @@ def scan(path: str | os.PathLike[str], container: av.container.InputContainer, s
     timed = timed and not (container.format.name == "avi" and stream.codec_context.has_b_frames and times == sorted(times))
     if timed:
         shown.sort(key=lambda index: packets[index].pts)
-    return _Track(packets, shown, timed)
+    return Track(packets, everything, shown, timed)
 
 
-def _decode(path: str | os.PathLike[str], context: av.VideoCodecContext, track: _Track, wanted: set[int]) -> dict[int, Tensor]:
+def decoded(frames: Frames, stream: av.VideoStream, track: Track) -> Tensor:
+    """The frames of a container that is open; see `read_frames`."""
+    ranks = track.choose(frames.slots, frames.of)
+    images = _decode(frames.source, stream.codec_context, track, set(ranks))
+    return torch.stack([images[rank] for rank in ranks])
+
+
+def _decode(path: str | os.PathLike[str], context: av.VideoCodecContext, track: Track, wanted: set[int]) -> dict[int, Tensor]:
     """Images ``[H, W, 3]`` of the wanted frames."""
     # Loaders run a process for each core: more threads would only wait for each other.
     context.thread_count = 1
@@ -206,14 +211,14 @@ def quarters(frame: av.VideoFrame) -> int:
     return round(frame.rotation / 90) if abs(frame.rotation) <= 180 else 0
 
 
-def _everything(context: av.VideoCodecContext, track: _Track) -> Iterator[av.VideoFrame]:
+def _everything(context: av.VideoCodecContext, track: Track) -> Iterator[av.VideoFrame]:
     context.flush_buffers()
     context.skip_frame = "DEFAULT"
     for packet in [*track.packets, None]:
         yield from context.decode(packet)
 
 
-def _needed(context: av.VideoCodecContext, track: _Track, wanted: set[int]) -> Iterator[av.VideoFrame]:
+def _needed(context: av.VideoCodecContext, track: Track, wanted: set[int]) -> Iterator[av.VideoFrame]:
     """Frames of the track, the wanted ones among them; leaves out what these do not depend on."""
     packets = track.packets
     keys = [index for index, packet in enumerate(packets) if packet.is_keyframe]
@@ -252,14 +257,19 @@ def opened_image(path: Path) -> Iterator[Image.Image]:
     try:
         # From memory: of a file, PIL would allocate what a damaged header says before it finds that there is not so much.
         with Image.open(io.BytesIO(path.read_bytes())) as image:
-            check_size(path, *image.size)
-            if image.mode[0] in "IF":
-                raise MediaError(path, f"its pixels have more than 8 bits (mode {image.mode})")
+            check_image(path, image)
             yield image
     except UnidentifiedImageError as error:
         raise MediaError(path, "it is not an image") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MediaError(path, f"it can not be read as an image: {error}") from error
+
+
+def check_image(path: str | os.PathLike[str], image: Image.Image) -> None:
+    """What its header tells."""
+    check_size(path, *image.size)
+    if image.mode[0] in "IF":
+        raise MediaError(path, f"its pixels have more than 8 bits (mode {image.mode})")
 
 
 def check_size(path: str | os.PathLike[str], width: int, height: int) -> None:

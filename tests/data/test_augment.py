@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from stgcma_fast.data.augment import OPERATIONS, Augmentation, Box, Operator, draw, frames_to_tensor
+from stgcma_fast.data.augment import GEOMETRIC, OPERATIONS, Augmentation, Box, Operator, draw, frames_to_tensor
 from stgcma_fast.data.config import VideoConfig
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -215,6 +215,21 @@ def test_operators_in_their_order():
         image = pil_operators(image, magnitude, sign)[name]
     video = frames_to_tensor(torch.from_numpy(images), AVE, replace(NOTHING, operators=operators))
     assert np.abs(video.numpy() - normalised(np.asarray(image)[None], "CTHW")).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", GEOMETRIC)
+def test_what_the_crop_leaves_out_of_a_moved_image(name):
+    """It is not made; what is in the crop is the same as if all of it were, to the bit."""
+    images = torch.from_numpy(smooth(3, 61, 83))
+    crop = Box(((0.3, 1.4),), (0.8, 0.4))
+    before = Operator("Equalize", 7.0, 1)
+    for operator in (Operator(name, 8.1, 1), Operator(name, 4.3, -1)):
+        whole = images.permute(0, 3, 1, 2).contiguous()
+        for step in (before, operator):
+            whole = OPERATIONS[step.name](whole, step.magnitude, step.sign)
+        expected = frames_to_tensor(whole.permute(0, 2, 3, 1), AVE, replace(NOTHING, crop=crop))
+        video = frames_to_tensor(images, AVE, replace(NOTHING, crop=crop, operators=(before, operator)))
+        assert torch.equal(video, expected)
 
 
 def test_every_frame_is_treated_alike():

@@ -66,7 +66,7 @@ def found(report, root: Path) -> set:
 
 @pytest.mark.parametrize("decode", [False, True])
 def test_a_whole_data_set(ave, tmp_path, capsys, decode):
-    assert run("--task", "ave", "--root", ave, "--json", tmp_path / "r.json", "--jobs", 2, *["--decode"] * decode) == 0
+    assert run("--task", "ave", "--root", ave, "--json", tmp_path / "r.json", "--workers", 2, *["--decode"] * decode) == 0
     lines = [line.split() for line in capsys.readouterr().out.replace("│", " ").splitlines()]
     for row in ("train 2 2 0 0 0 0 0", "val 1 1 0 0 0 0 0", "test 1 1 0 0 0 0 0"):
         assert row.split() in lines
@@ -102,6 +102,18 @@ FAULTS = {
     "text for a container": ("broken", "AVE/a.mp4", lambda path: path.write_text("not found\n" * 9), ""),
     "text for an image": ("broken", "video_frames/c/0002.jpg", lambda path: path.write_text("not found\n" * 9), ""),
     "text for a wav": ("broken", "raw_audio/c.wav", lambda path: path.write_text("not found\n" * 9), ""),
+    "a sliver of an image": (
+        "broken",
+        "video_frames/c/0002.jpg",
+        lambda path: write_image(path, 400, 8),
+        "its frames are 400x8; at most 8192 a side are read",
+    ),
+    "an image of 16 bits": (
+        "broken",
+        "video_frames/c/0002.jpg",
+        lambda path: Image.fromarray(np.zeros((16, 24), np.uint16)).save(path, "png"),
+        "its pixels have more than 8 bits (mode I;16)",
+    ),
     "another size": (
         "broken",
         "video_frames/c/0002.jpg",
@@ -126,7 +138,7 @@ def test_a_fault_is_found(ave, make_video, fault, decode):
     if fault == "no sound":
         make_video(ave / "silent.mp4", frames=3)
     change(ave / name)
-    report = check_root("ave", ave, decode=decode, jobs=2)
+    report = check_root("ave", ave, decode=decode, workers=2)
     assert {(finding.kind, finding.where, finding.splits) for finding in report.findings} == {
         (kind, str(ave / name), ("train",))
     }

@@ -12,11 +12,13 @@ import torchaudio
 from PIL import Image
 
 from stgcma_fast.config import BACKBONES
+from stgcma_fast.data.audio import read_audio
 from stgcma_fast.data.augment import draw
 from stgcma_fast.data.config import IMAGE_MEAN, IMAGE_STD, media_config
 from stgcma_fast.data.errors import MediaError
-from stgcma_fast.data.read import read_mask, read_sample
+from stgcma_fast.data.read import FILES, read_mask, read_sample
 from stgcma_fast.data.sample import Frames, Mix, Sample
+from stgcma_fast.data.video import read_frames
 
 RATE = 16000
 # A grey level of the brightest channel, after normalisation.
@@ -311,3 +313,46 @@ def test_sound_and_second_sound_that_are_broken(clips, tmp_path):
     with pytest.raises(MediaError, match=r"gone.wav: there is no such file"):
         read_sample(Sample("x", frames, clips["long"], mix=mix), config)
     assert math.isfinite(read_sample(Sample("x", frames, clips["short"]), config)["audio"].sum())
+
+
+@pytest.mark.parametrize(
+    ("ending", "video", "sound", "rate"),
+    [
+        ("mp4", "libx264", "aac", 44100),
+        ("mkv", "libx264", "flac", 16000),
+        ("webm", "libvpx-vp9", "libopus", 48000),
+        ("avi", "mpeg4", "pcm_s16le", 22050),
+        ("ts", "libx264", "mp2", 32000),
+    ],
+)
+def test_a_container_is_opened_once(ending, video, sound, rate, tmp_path, make_video, monkeypatch):
+    """For frames and sound together, which are those that each gives alone."""
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 2 * rate))
+    path = make_video(tmp_path / f"clip.{ending}", frames=40, codec=video, audio=noise, audio_codec=sound, audio_rate=rate)
+    frames = Frames(path, (0, 2, 3, 9), 10)
+    alone = read_frames(frames), read_audio(path, RATE)
+    opened, open_it = [], av.open
+    monkeypatch.setattr(av, "open", lambda *args, **options: (opened.append(args), open_it(*args, **options))[1])
+    together = FILES.clip(frames, path, RATE)
+    assert len(opened) == 1
+    assert len(together[1]) > RATE
+    assert all(map(torch.equal, together, alone))
+
+
+def test_a_container_without_one_of_its_tracks(tmp_path, make_video):
+    """Each is told as it is when it is read alone."""
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (1, RATE))
+    silent = make_video(tmp_path / "silent.mp4", frames=12)
+    blind = tmp_path / "blind.mp4"
+    whole = make_video(tmp_path / "whole.mp4", frames=12, audio=noise)
+    with av.open(str(whole)) as source, av.open(str(blind), "w") as copy:
+        stream = copy.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux(audio=0):
+            if packet.size:
+                packet.stream = stream
+                copy.mux(packet)
+    config = media_config("ave", BACKBONES["swin_l"])
+    for path, cause in ((silent, "it has no audio track, only video"), (blind, "it has no video track, only audio")):
+        with pytest.raises(MediaError) as caught:
+            read_sample(Sample("x", Frames(path, tuple(range(10)), 10), path), config)
+        assert (caught.value.path, caught.value.cause) == (str(path), cause)
