@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The commit that results are kept under where there is no .git: COMMIT=... with any target.
 export COMMIT
-.PHONY: venv bench tables resources test test-slow lint test-gpu bench-cpu bench-data bench-gpu bench-gpu-models bench-gpu-compiled tune
+.PHONY: venv bench tables resources test test-slow lint test-gpu bench-cpu bench-data bench-gpu bench-gpu-models bench-gpu-compiled bench-gpu-fit tune
 
 venv: .venv/.installed
 
@@ -72,6 +72,11 @@ bench-gpu-compiled: venv
 	@$(BEGIN) \
 	timeout 140 $(THROUGHPUT) swin_l --batch-size 8 $(COMPILED) \
 	$(foreach arch,clip_l14 swin_b clip_b16,$(foreach batch,1 8,timeout 75 $(THROUGHPUT) $(arch) --batch-size $(batch) $(COMPILED))) \
+	exit $$failed
+
+bench-gpu-fit: venv
+	@$(BEGIN) \
+	$(foreach batch,1 8,timeout 290 $(BIN)/python benchmarks/fit.py --arch swin_l --batch-size $(batch) --device cuda --json auto $(END)) \
 	exit $$failed
 
 tune: venv

@@ -14,7 +14,7 @@ from benchmarks import tables
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOT = 600
-GPU_TARGETS = ("bench-gpu", "bench-gpu-models", "bench-gpu-compiled")
+GPU_TARGETS = ("bench-gpu", "bench-gpu-models", "bench-gpu-compiled", "bench-gpu-fit")
 
 
 def make(*args, **options):
