@@ -310,13 +310,18 @@ class STGCMAModule(L.LightningModule):
 
 
 def draw_backbone(network: FastSTGCMA) -> None:
-    """Weights for a backbone that comes from no file: of each frozen linear layer with variance 1 / (inputs).
+    """Weights for a backbone that comes from no file: of a frozen linear layer with variance 1 / (inputs), of Swin's tables of
+    relative positions so large that its heads look at different places.
 
-    The published draw, a standard deviation of 0.02, lets nothing through a small network, and nothing mends what is frozen.
+    The published start, a standard deviation of 0.02 everywhere, lets nothing through a small network, and nothing mends what
+    is frozen.
     """
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Linear) and not is_trainable(f"{name}.weight"):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    for name, table in network.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            nn.init.normal_(table, std=2.0)
 
 
 def unreached_parameters(config: ModelConfig) -> set[str]:
