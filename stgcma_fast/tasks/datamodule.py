@@ -78,7 +78,7 @@ class AVDataModule(L.LightningDataModule):
 
     def _open(self, split: str, media: MediaConfig, train: bool) -> Dataset:
         options = {"seed": self.seed, **self.options[media.task]}
-        options["train"] = train and options.pop("augment", True)
+        options["train"] = options.pop("augment", True) and train
         if media.task == "avqa":
             options["negatives"] = train  # evaluation does not look at them
         if (self.root / split / INDEX).is_file():
