@@ -320,6 +320,9 @@ class Race:
         if phase == "train":
             self.prime(contender)
         contender.module.eval()
+        for module in contender.module.modules():
+            if isinstance(module, nn.LSTM):
+                module.train()  # it draws nothing, and in eval mode cuDNN has no way back through it
         run = self.gradients if phase == "train" else lambda c: (self.infer(c), {})
         if contender.name.endswith("compiled"):
             seconds, _ = timed(lambda: run(contender), self.device)  # compiles, which takes memory of its own

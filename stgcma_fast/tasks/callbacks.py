@@ -131,34 +131,39 @@ class Progress(RichProgressBar):
 
     def __init__(self) -> None:
         super().__init__()
-        self._shown: dict[str, Any] = {}
-        self._time, self._batches = time.monotonic(), 0
+        self._shown: dict[str, str] = {}
+        self._scores: dict[str, str] = {}
+        self._time: float | None = None
+        self._batches = 0
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_batch_start(trainer, *args)
         # Neither evaluation nor waiting for the first batch is training.
-        if self._batches == 0:
+        if self._time is None:
             self._time = time.monotonic()
         self._batches += 1
 
     def on_validation_start(self, *args: Any) -> None:
         super().on_validation_start(*args)
-        self._batches = 0
+        self._time, self._batches = None, 0
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # They stay in sight until the next evaluation.
+        values = trainer.callback_metrics.items()
+        self._scores = {name: f"{float(value):.4f}" for name, value in values if name.startswith("val/")}
+        super().on_validation_end(trainer, module)
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
-        now = time.monotonic()
-        if self._batches and now - self._time >= 0.5:
-            clips = self._batches * trainer.datamodule.batch_size * trainer.world_size
+        if self._batches and time.monotonic() - self._time >= 0.5:
             loss = trainer.callback_metrics.get("train/loss")
-            self._shown = {
-                "clips/s": f"{clips / (now - self._time):.2f}",
-                "loss": f"{float(loss):.4f}" if loss is not None else "-",
-                "memory": f"{peak_memory(module.device) / 2**30:.2f} GiB",
-            }
+            self._shown = {"loss": f"{float(loss):.4f}" if loss is not None else "-"}
+            # Behind that wait: until then the device may have done but a part of the steps that it was given.
+            now = time.monotonic()
+            clips = self._batches * trainer.datamodule.batch_size * trainer.world_size
+            self._shown["clips/s"] = f"{clips / (now - self._time):.2f}"
+            self._shown["memory"] = f"{peak_memory(module.device) / 2**30:.2f} GiB"
             self._time, self._batches = now, 0
-        # Scores of the last evaluation stay in sight.
-        scores = {name: f"{float(value):.4f}" for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        return self._shown | scores
+        return self._shown | self._scores
 
 
 def peak_memory(device: torch.device) -> int:

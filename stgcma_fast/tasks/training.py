@@ -65,7 +65,8 @@ class _CLI(LightningCLI):
             # Beside a run's logs. Without a logger it is in the run's own folder, for each start anew.
             save_config_callback=SaveConfigCallback if command == "fit" else None,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"max_epochs": 20, "precision": "bf16-mixed", "devices": 1},
+            # Under inference_mode the evaluation after a training would be compiled once more.
+            trainer_defaults={"max_epochs": 20, "precision": "bf16-mixed", "devices": 1, "inference_mode": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_kwargs={
