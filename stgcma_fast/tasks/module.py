@@ -249,7 +249,8 @@ class STGCMAModule(L.LightningModule):
         output = self._run(batch, None)
         # No negatives are looked at: answers do not depend on them.
         loss = F.cross_entropy(output[0], batch["label"]) if self.config.task == "avqa" else self.loss(output, batch)
-        self.mean_loss.update(loss, len(batch["audio"]))
+        # Once for each clip: without a look for NaN, which would wait for the device, torchmetrics forgets weights.
+        self.mean_loss.update(loss.expand(len(batch["audio"])))
         self.metrics.update(output, batch)
 
     def on_validation_epoch_end(self) -> None:
