@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The commit that results are kept under where there is no .git: COMMIT=... with any target.
 export COMMIT
-.PHONY: venv bench tables resources test test-slow lint test-gpu bench-cpu bench-data bench-gpu bench-gpu-models bench-gpu-compiled bench-gpu-fit tune
+.PHONY: venv demo bench tables resources test test-slow lint test-gpu bench-cpu bench-data bench-gpu bench-gpu-models bench-gpu-compiled bench-gpu-fit tune
 
 venv: .venv/.installed
 
@@ -13,6 +13,15 @@ venv: .venv/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# Synthetic clips, a small model trained on them, its test, and a prediction with pictures, all below demo/. It goes on where it was
+# stopped.
+demo: venv
+	$(BIN)/stgcma-fast data synth --task ave --out demo/clips --clips 500
+	$(BIN)/stgcma-fast fit --config configs/demo.yaml
+	$(BIN)/stgcma-fast test --config configs/demo.yaml
+	$(BIN)/stgcma-fast predict --checkpoint demo/run --out demo/predictions demo/clips/AVE/synth000004.mp4
+	@echo "Look at demo/run/curves.png and demo/predictions/synth000004/timeline.png"
+
 bench: venv
 	$(BIN)/python benchmarks/throughput.py --arch swin_l
 
@@ -22,11 +31,14 @@ tables: venv
 resources: venv
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/resources.py
 
+# One process per core, each with one thread of PyTorch's (tests/conftest.py).
+PARALLEL = -n auto --dist worksteal
+
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: venv
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(PARALLEL)
 
 lint: venv
 	$(BIN)/ruff check .

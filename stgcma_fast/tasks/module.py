@@ -141,7 +141,7 @@ class STGCMAModule(L.LightningModule):
             rank_zero_info(load_pretrained(self.network, self.pretrained))
         else:
             draw_backbone(self.network)
-        if self.grounding is not None:
+        if self.grounding is not None and self.trainer.state.fn == "fit":
             rank_zero_info(load_grounding(self.network, self.grounding))
         if dtype := _FROZEN.get(self.trainer.precision):
             self.network.cast_frozen(dtype)

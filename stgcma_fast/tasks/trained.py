@@ -89,6 +89,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def holds_backbone(path: Path) -> bool:
+    """Whether a checkpoint is of a whole model, as published ones are, which `read_checkpoint` refuses."""
+    try:
+        return read_checkpoint(path)[DESCRIPTION]["weights"] == "full"
+    except ValueError:
+        return True
+
+
 def _kind(checkpoint: Any) -> str:
     if isinstance(checkpoint, dict) and checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
         return "tensors alone; `stgcma_fast.load_checkpoint` reads published checkpoints"

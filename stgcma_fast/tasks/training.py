@@ -25,7 +25,7 @@ from .curves import LOGS, Curves
 from .datamodule import AVDataModule
 from .metrics import SELECTED, table
 from .module import STGCMAModule
-from .trained import AVERAGE, LAST, find_checkpoint
+from .trained import AVERAGE, LAST, find_checkpoint, holds_backbone
 
 COMMANDS = {
     "fit": "Train STG-CMA: its adapters, gates, temporal tables and the task's head, beside a frozen backbone.",
@@ -145,6 +145,8 @@ def main(command: str, args: Sequence[str]) -> int:
             _fit(cli)
         else:
             found = find_checkpoint(cli.config.checkpoint or cli.folder)
+            if holds_backbone(found):
+                cli.model.pretrained = None  # its file need not be there
             _report(cli, command, _evaluate(cli, command, found), found)
     except SystemExit as error:  # Lightning's way out after ^C and SIGTERM
         if not cli.trainer.interrupted:

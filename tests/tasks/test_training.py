@@ -155,8 +155,8 @@ def test_a_whole_model_is_tested_like_a_published_one(run, fit_args, backbone, t
     assert state.keys() == model.state_dict().keys()
     published = tmp_path / "published.pth"
     torch.save({f"module.{key}": value for key, value in state.items()}, published)
-    # Whatever the run's own backbone is, a whole model brings its own.
-    other = fit_args("ave", tmp_path / "other", model__pretrained="random")
+    # A whole model brings its backbone: the run's own need not be there.
+    other = fit_args("ave", tmp_path / "other", model__pretrained=tmp_path / "nowhere.pth")
     assert cli.main(["test", *other, f"--checkpoint={published}"]) == 0
     assert cli.main(["test", *full, f"--checkpoint={tmp_path / 'checkpoints' / 'last.ckpt'}"]) == 0
     theirs = json.loads((tmp_path / "other" / "published_test.json").read_text())
@@ -338,7 +338,7 @@ def test_a_checkpoint_of_another_model_or_a_broken_one(run, fit_args, backbone, 
     for command in ("fit", "test"):
         line = refusal([command, *other], capsys)
         assert_says(line, "of another model", "0.5", "0.25")
-    clip = {"class_path": "stgcma_fast.ClipConfig", "init_args": {"embed_dim": 32, "layers": 1, "heads": 1}}
+    clip = {"class_path": "stgcma_fast.ClipConfig", "init_args": {"image_size": 32, "embed_dim": 32, "layers": 1, "heads": 1}}
     line = refusal(["test", *fit_args("ave", folder, model__arch=clip)], capsys)
     assert_says(line.lower(), "of another model", "'clip'", "'swin'")
     line = refusal(["fit", *fit_args("ave", folder, **options(backbone, model__lr=2e-3))], capsys)
