@@ -11,6 +11,16 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
+# pytest-xdist runs a process per core: each has one thread, and so has what it starts.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+if os.environ["TRITON_INTERPRET"] == "1":
+    from tests.support.interpreter import patch_language_once
+
+    patch_language_once()
+
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """After every test for a device has run, leave word for the benchmarks whether all passed, and at which commit."""
