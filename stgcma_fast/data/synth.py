@@ -49,7 +49,7 @@ MASKED_FRAMES = 5
 EARLY = 0.1
 LOUDEST = 0.12  # root mean square
 MANIFEST = "synth.json"
-VERSION = 1  # of what a seed makes
+VERSION = 2  # of what a seed makes
 
 AVE_CATEGORIES = tuple((shape, sound) for shape in range(3) for sound in range(3))
 
@@ -217,7 +217,7 @@ def _avs(rng: Generator, index: int) -> Script:
     shapes = []
     for kind, quarter in zip([sounding, *others.tolist()], quarters.tolist(), strict=False):
         x, y = quarter % 2 * 112, quarter // 2 * 112
-        shapes.append(_shape(rng, kind, 0, 5, (26, 42), (x, y, x + 112, y + 112)))
+        shapes.append(_shape(rng, kind, 0, 5, (38, 50), (x, y, x + 112, y + 112)))
     return Script(5, 224, 224, tuple(shapes), (_sound(rng, sounding, 0, 5, 0.25 ** rng.uniform(0, 1)),))
 
 
