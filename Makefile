@@ -15,6 +15,8 @@ venv: .venv/.installed
 
 # Synthetic clips, a small model trained on them, its test, and a prediction with pictures, all below demo/. It goes on where it was
 # stopped.
+# Products this small take longer in several threads than in one.
+demo: export OMP_NUM_THREADS = 1
 demo: venv
 	$(BIN)/stgcma-fast data synth --task ave --out demo/clips --clips 500
 	$(BIN)/stgcma-fast fit --config configs/demo.yaml
