@@ -98,9 +98,13 @@ class FastSTGCMA(ReferenceSTGCMA, PyTorchModelHubMixin, library_name="stgcma-fas
         self._check_dtypes(images)
         return super().tokens(images) if self.runner.impl == "reference" else swin.tokens(self, images, self.runner)
 
-    def segment(self, visual: Sequence[Tensor], audio: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def segment(
+        self, visual: Sequence[Tensor], audio: Tensor, first_frame: bool = False
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """AVS from tokens: see `reference.avs.avs_head`."""
-        return super().segment(visual, audio) if self.runner.impl == "reference" else segment(self, visual, audio)
+        if self.runner.impl == "reference":
+            return super().segment(visual, audio, first_frame)
+        return segment(self, visual, audio, first_frame)
 
     def _frozen_products(self) -> Iterator[nn.Parameter]:
         """Weights and biases of the frozen linear and convolution layers."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..reference.avs import DilatedConvs, Tpavi, fuse
+from ..reference.avs import DilatedConvs, Tpavi, first_frames, fuse
 
 
 def _dilated(convs: DilatedConvs, x: Tensor) -> Tensor:
@@ -49,7 +49,9 @@ def tpavi(module: Tpavi, x: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
     return module.norm_layer(y + x), aligned
 
 
-def segment(model: nn.Module, visual: Sequence[Tensor], audio: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def segment(
+    model: nn.Module, visual: Sequence[Tensor], audio: Tensor, first_frame: bool = False
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The outputs of the model; arguments and results are those of `reference.avs.avs_head`."""
     batch, frames = audio.shape[:2]
     heard = model.avstask_audio_linear(audio.mean(2))
@@ -61,7 +63,7 @@ def segment(model: nn.Module, visual: Sequence[Tensor], audio: Tensor) -> tuple[
         z, a = tpavi(getattr(model, f"avstask_tpavi_b{n}"), x, heard)
         maps.append(z.relu().flatten(0, 1).unflatten(1, (side, side)).permute(0, 3, 1, 2))
         aligned.append(a)
-    return fuse(model, maps), maps, aligned
+    return fuse(model, first_frames(maps, frames) if first_frame else maps), maps, aligned
 
 
 def avs_loss(prediction: Tensor, mask: Tensor, *, all_frames: bool = False, iou_weight: float = 0.0) -> Tensor:

@@ -115,17 +115,25 @@ def fuse(model: nn.Module, maps: Sequence[Tensor]) -> Tensor:
     return model.avstask_output_conv(path)
 
 
-def avs_head(model: nn.Module, visual: Sequence[Tensor], audio: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def first_frames(maps: Sequence[Tensor], frames: int) -> list[Tensor]:
+    """Of maps ``[B * T, C, R, R]``, t running fastest, those of each clip's first frame."""
+    return [x[::frames] for x in maps]
+
+
+def avs_head(
+    model: nn.Module, visual: Sequence[Tensor], audio: Tensor, first_frame: bool = False
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The outputs of the model.
 
     Args:
         model: has the parameters of `build_avs`.
         visual: tokens ``[B, T, N, C]`` at the end of each stage, normalized those of the last alone.
         audio: normalized tokens ``[B, T, N, C]`` of the last stage.
+        first_frame: give logits of each clip's first frame alone.
 
     Returns:
-        Logits ``[F, 1, S, S]``; the maps ``[F, 256, R, R]``, which as published are those after the ReLU; audio in the maps'
-        channels ``[B, T, 256]``; both for each stage.
+        Logits ``[F, 1, S, S]``, or ``[B, 1, S, S]``; the maps ``[F, 256, R, R]``, which as published are those after the ReLU;
+        audio in the maps' channels ``[B, T, 256]``; both for each stage.
     """
     batch, frames = audio.shape[:2]
     heard = model.avstask_audio_linear(audio.mean(2))
@@ -137,4 +145,4 @@ def avs_head(model: nn.Module, visual: Sequence[Tensor], audio: Tensor) -> tuple
         z, a = getattr(model, f"avstask_tpavi_b{n}")(x, heard)
         maps.append(z.transpose(1, 2).flatten(0, 1).relu())
         aligned.append(a)
-    return fuse(model, maps), maps, aligned
+    return fuse(model, first_frames(maps, frames) if first_frame else maps), maps, aligned

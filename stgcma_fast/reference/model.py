@@ -461,9 +461,11 @@ class ReferenceSTGCMA(nn.Module):
         """What the other heads read: see `swin_tokens`."""
         return swin_tokens(self, images)
 
-    def segment(self, visual: Sequence[Tensor], audio: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def segment(
+        self, visual: Sequence[Tensor], audio: Tensor, first_frame: bool = False
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """AVS from tokens: see `avs_head`."""
-        return avs_head(self, visual, audio)
+        return avs_head(self, visual, audio, first_frame)
 
     def forward(
         self,
@@ -472,6 +474,8 @@ class ReferenceSTGCMA(nn.Module):
         negative: Tensor | str | None = None,
         question: Tensor | None = None,
         mode: str | None = None,
+        *,
+        first_frame: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor], list[Tensor]] | tuple[Tensor, Tensor, Tensor | None]:
         """What the task asks for.
 
@@ -484,6 +488,8 @@ class ReferenceSTGCMA(nn.Module):
             question: AVQA's words ``[B, L]``, integers.
             mode: the published call's last argument: "fusion" or "multimodal" for two streams, "audioonly" or "videoonly"
                 for one. It has no effect beyond a check; the configuration decides.
+            first_frame: of AVS: give logits of each clip's first frame alone, ``[B, 1, height, width]``, which is what the
+                published loss reads. Other frames then pass no path from the maps to the logits.
 
         Returns:
             AVE: logits ``[B * T, num_classes]``, t running fastest.
@@ -493,10 +499,12 @@ class ReferenceSTGCMA(nn.Module):
             1 is a match; and with ``negative``, or None.
 
         Raises:
-            ValueError: inputs or a mode that do not fit the configuration.
+            ValueError: inputs, a mode or ``first_frame`` that do not fit the configuration.
         """
         if isinstance(negative, str):
             negative, mode = None, negative
+        if first_frame and self.config.task != "avs":
+            raise ValueError(f"first_frame: got True with task {self.config.task!r}, expected 'avs'")
         check_inputs(self.config, audio, video, negative, question, mode)
         images = {}
         if "visual" in self.config.modalities:
@@ -510,7 +518,7 @@ class ReferenceSTGCMA(nn.Module):
             return self.mlp_head(torch.cat([features[m] for m in ("audio", "visual") if m in features], -1))
         streams, earlier = self.tokens(images)
         if self.config.task == "avs":
-            return self.segment([*earlier, streams["visual"]], streams["audio"])
+            return self.segment([*earlier, streams["visual"]], streams["audio"], first_frame)
         return avqa_head(self, streams["visual"], streams["audio"], streams.get("negative"), question)
 
 

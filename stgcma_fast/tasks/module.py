@@ -193,13 +193,13 @@ class STGCMAModule(L.LightningModule):
                     if parameter.grad is None:
                         parameter.grad = torch.zeros_like(parameter)
 
-    def forward(self, audio: Tensor, video: Tensor, *more: Tensor | None) -> Any:
+    def forward(self, audio: Tensor, video: Tensor, *more: Tensor | None, **options: bool) -> Any:
         """The model's outputs; see `FastSTGCMA`."""
-        return self.network(audio, video, *more)
+        return self.network(audio, video, *more, **options)
 
-    def _run(self, batch: dict[str, Any], negative: Tensor | None) -> Any:
+    def _run(self, batch: dict[str, Any], negative: Tensor | None, **options: bool) -> Any:
         more = (negative, batch["question"]) if self.config.task == "avqa" else ()
-        return self(batch["audio"], batch["video"], *more)
+        return self(batch["audio"], batch["video"], *more, **options)
 
     def loss(self, output: Any, batch: dict[str, Any]) -> Tensor:
         """The published loss of the task, of what the model gave for a batch."""
@@ -218,7 +218,11 @@ class STGCMAModule(L.LightningModule):
         torch.manual_seed(int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "little", signed=True))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = self.loss(self._run(batch, batch.get("negative")), batch)
+        options = {}
+        if self.config.task == "avs" and not self.loss_options["all_frames"]:
+            # Nobody looks at the other frames' logits, which cost as much.
+            options, batch = {"first_frame": True}, {**batch, "mask": batch["mask"][:, :1]}
+        loss = self.loss(self._run(batch, batch.get("negative"), **options), batch)
         size = len(batch["audio"])
         self.log("train/loss", loss.detach(), batch_size=size)
         # Asked on the device, and looked at now and then: a look waits for the device.

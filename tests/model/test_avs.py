@@ -72,6 +72,34 @@ def test_fast_equals_the_reference(switches, training):
     assert counted == [int(training)] * 2
 
 
+@each_model
+def test_the_first_frame_alone(cls):
+    """Its logits, and the loss's gradients, are those of a call that gives all frames; so are batch norm's statistics."""
+    arguments, _ = task_inputs(config(num_frames=3), batch=2, dtype=torch.float64)
+    mask = (torch.rand(2, 1, 1, 32, 32, dtype=torch.float64) > 0.5).double()
+    whole, first = (seed(cls(config(num_frames=3))).double().train() for _ in range(2))
+    torch.manual_seed(0)
+    wanted = whole(*arguments)
+    avs_loss(wanted[0], mask).backward()
+    torch.manual_seed(0)
+    got = first(*arguments, first_frame=True)
+    avs_loss(got[0], mask).backward()
+    torch.testing.assert_close(got[0], wanted[0][::3], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got[1:], wanted[1:], rtol=1e-10, atol=1e-10)
+    gradients = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+    assert gradients.keys() == {name for name, p in first.named_parameters() if p.grad is not None}
+    size = max(float(gradient.norm()) for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        assert (first.get_parameter(name).grad - gradient).norm() <= 1e-9 * gradient.norm() + 1e-13 * size, name
+    torch.testing.assert_close(dict(first.named_buffers()), dict(whole.named_buffers()))
+
+
+def test_only_avs_has_a_first_frame():
+    other = sf.FastSTGCMA(sf.ModelConfig(SWIN, 0.5, num_frames=2))
+    with pytest.raises(ValueError, match="first_frame: got True with task 'ave', expected 'avs'"):
+        other(*task_inputs(other.config)[0], first_frame=True)
+
+
 @pytest.mark.parametrize("options", [{"impl": "reference"}, {"impl": "triton"}, {"checkpointing": True}], ids=str)
 def test_options_change_nothing(options):
     arguments, loss_of = task_inputs(config(), batch=1)
