@@ -37,7 +37,7 @@ def run(arguments: Sequence[str], output: Path, **environment: str) -> int:
     return process.exitcode
 
 
-def run_ranks(ranks: Sequence[Sequence[str]], output: Path, seconds: float = 120) -> list[int]:
+def run_ranks(ranks: Sequence[Sequence[str]], output: Path, seconds: float = 900) -> list[int]:
     """The exit statuses of a command on several ranks of this machine, each with its arguments.
 
     Raises:

@@ -124,7 +124,7 @@ def test_both_ways_to_start_two_processes(fit_args: Args, tmp_path: Path) -> Non
     launches = {"lightning": ["-m"], "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", "-m"]}
     for name, launch in launches.items():
         command = [sys.executable, *launch, "stgcma_fast.cli", "fit", *fit_args("ave", tmp_path / name, **options)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
         # One process speaks.
         assert done.stdout.count("written to") == 2
