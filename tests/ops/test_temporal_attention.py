@@ -147,7 +147,10 @@ def test_errors(changed, message):
 
 
 # What a tile of 32 or 64 rows makes of it: full, with rows to spare, one site alone, sites to spare.
+# Of the models' sites there are a few tiles.
 KERNEL_SIZES = SIZES | {
+    "swin": (1, 10, 11, 3, 32),
+    "clip": (2, 10, 4, 2, 96),
     "full-tile": (1, 16, 5, 2, 64),
     "a-site-a-tile": (1, 20, 3, 2, 40),
     "most-frames": (1, 32, 2, 1, 64),
@@ -220,7 +223,7 @@ def test_kernel_compiled(kernels, bias):
     check_compiled(
         kernel,
         hold,
-        lambda batch: problem(batch, *SMALL[1:], bias=bias),
+        lambda batch: problem(batch, 5, 4, 1, 16, bias=bias),
         batched=["qkv"],
     )
 
@@ -263,7 +266,7 @@ def test_kernel_limits_are_those_of_the_autocast_dtype(kernels):
 @each_bias
 def test_kernel_as_pytorch_sees_it(kernels, bias):
     """Schema, fake and dispatch keys of the registered operators."""
-    tensors = problem(*SMALL, bias=bias)
+    tensors = problem(2, 5, 3, 2, 16, bias=bias)
     arguments = ([tensors["qkv"]] * 2, [tensors.get("bias")] * 2, 0.25)
     torch.library.opcheck(torch.ops.stgcma_fast.temporal_attention_fwd.default, arguments)
     outs = torch.ops.stgcma_fast.temporal_attention_fwd(*arguments)
@@ -272,7 +275,8 @@ def test_kernel_as_pytorch_sees_it(kernels, bias):
 
 
 def test_kernel_repeats_bit_equal(kernels):
-    tensors = problem(2, 10, 19, 3, 32)
+    # The interpreter runs one program after another: more of them cannot race there.
+    tensors = problem(2, 10, 19 if kernels == "cuda" else 4, 3, 32)
     first = evaluate(kernel, tensors)
     for _ in range(3):
         assert all(torch.equal(x, first[name]) for name, x in evaluate(kernel, tensors).items())
