@@ -7,8 +7,8 @@ them are there and when; the files of the clip and the annotations are both made
 ave: 10 s. An event is a shape and a sound at once; each of three shapes with each of three sounds is a category. Before and
 after it the shape may be seen in silence, or the sound heard without the shape: seconds of background.
 avs: 5 s. Two or three shapes, and the sound of one of them, whose mask it is.
-avqa: 10 s. One to three shapes, and sounds that begin one after the other, each of its own loudness, some of shapes that are
-not seen; questions of all nine types.
+avqa: 10 s. One to three shapes before three panels, and one to three sounds that take turns, one of them loud; some of shapes
+that are not seen. Questions of all nine types.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ class Script:
     Args:
         seconds, width, height: of the clip.
         shapes, sounds: in it.
+        panels: what is added to the background's grey, of as many equally wide parts from left to right.
     """
 
     seconds: int
@@ -148,6 +149,7 @@ class Script:
     height: int
     shapes: tuple[Shape, ...]
     sounds: tuple[Sound, ...]
+    panels: tuple[int, ...] = ()
 
     def waveform(self, rng: Generator) -> np.ndarray:
         """int16 ``[samples]``."""
@@ -161,7 +163,10 @@ class Script:
         """uint8 ``[height, width, 3]``, `FPS` a second."""
         blocks = rng.integers(70, 150, (self.height // 16, self.width // 16, 1)) + rng.integers(-12, 13, 3)
         texture = np.kron(blocks, np.ones((16, 16, 1), int)) + rng.integers(-8, 9, (self.height, self.width, 1))
-        texture = texture.astype(np.uint8)
+        edges = np.linspace(0, self.width, len(self.panels) + 1).astype(int)
+        for left, right, grey in zip(edges, edges[1:], self.panels, strict=False):
+            texture[:, left:right] += grey
+        texture = texture.clip(0, 255).astype(np.uint8)
         for number in range(self.seconds * FPS):
             frame = texture.copy()
             for shape in self.shapes:
@@ -222,20 +227,21 @@ def _avs(rng: Generator, index: int) -> Script:
 
 
 def _avqa(rng: Generator, index: int) -> Script:
-    # The first clip has most of both, so that each type of question can be asked of it.
-    seen, heard = 3 - index % 3, 3 - index // 3 % 3
+    # Each type of question can be asked of the first clip.
+    seen, heard = 3 - index % 3, (2, 3, 1)[index // 3 % 3]
     shapes = [
-        _shape(rng, kind, 0, 10, (26, 38), (place * 106, 0, place * 106 + 106, 240))
-        for kind, place in zip(rng.permutation(4)[:seen].tolist(), rng.permutation(3).tolist(), strict=False)
+        _shape(rng, kind, 0, 10, (42, 52), (place * 106, 0, place * 106 + 106, 240))
+        for kind, place in zip(rng.permutation(3)[:seen].tolist(), rng.permutation(3).tolist(), strict=False)
     ]
-    # The last second is in none of the published windows.
+    # Each of three published windows begins in another third. The last second is in none of them.
+    turns = {1: [0, 9], 2: [0, int(rng.choice([3, 6])), 9], 3: [0, 3, 6, 9]}[heard]
+    loudest = rng.integers(heard)
     sounds = [
-        _sound(rng, kind, start, 9, loudness)
-        for kind, start, loudness in zip(
-            rng.permutation(4)[:heard].tolist(), (0, 3, 6), rng.permutation([1, 0.35, 0.12]), strict=False
-        )
+        _sound(rng, kind, turns[number], turns[number + 1], 1 if number == loudest else 0.2)
+        for number, kind in enumerate(rng.permutation(3)[:heard].tolist())
     ]
-    return Script(10, 320, 240, tuple(shapes), tuple(sounds))
+    # A model without absolute positions sees the place by the panel.
+    return Script(10, 320, 240, tuple(shapes), tuple(sounds), (-60, 0, 80))
 
 
 _SCRIPTS = {"ave": _ave, "avs": _avs, "avqa": _avqa}
@@ -327,41 +333,59 @@ def _files(task: DataTask, seed: int, index: int, codec: Codec) -> dict[str, byt
 
 
 def _questions(seed: int, index: int) -> Iterator[tuple[str, str, str, list[str], str]]:
-    """Modality, kind, question, values of its ``<placeholders>``, answer."""
+    """Modality, kind, question, values of its ``<placeholders>``, answer.
+
+    All have 14 words, as many as the model reads: it reads the padding of a shorter one, too, and forgets the words over it.
+    """
     play, rng = script("avqa", seed, index), _generator("avqa", seed, index, 2)
     place = {shape.kind: POSITIONS[shape.zone[0] // 106] for shape in play.shapes}
-    loudness = {sound.kind: sound.loudness for sound in play.sounds}  # in the order in which they begin
+    loudness = {sound.kind: sound.loudness for sound in play.sounds}
+    seconds = {sound.kind: sound.stop - sound.start for sound in play.sounds}
     both = [kind for kind in loudness if kind in place]
 
     def yes(truth: bool) -> str:
         return "yes" if truth else "no"
 
-    yield "Audio", "Counting", "How many sounds are heard in the video?", [], NUMBERS[len(loudness)]
+    def choose(*groups: list[int]) -> int:
+        """A kind of one of the groups that are not empty, each as likely as the others."""
+        groups = [group for group in groups if group]
+        return int(rng.choice(groups[rng.integers(len(groups))]))
+
+    def either(heard: list[int]) -> int:
+        """A kind that is seen and in ``heard``, or in one of these alone."""
+        return choose(
+            [kind for kind in heard if kind in place],
+            [kind for kind in heard if kind not in place],
+            [kind for kind in place if kind not in heard],
+        )
+
+    text = "When you listen to the whole of this video, how many sounds are heard?"
+    yield "Audio", "Counting", text, [], NUMBERS[len(loudness)]
     if len(loudness) > 1:
-        a, b = rng.permutation(list(loudness))[:2].tolist()
-        text = "Is the sound of the <Object> louder than the sound of the <Object>?"
-        yield "Audio", "Comparative", text, [SHAPES[a], SHAPES[b]], yes(loudness[a] > loudness[b])
-    yield "Visual", "Counting", "How many shapes are visible in the video?", [], NUMBERS[len(place)]
+        loudest = max(loudness, key=loudness.__getitem__)
+        kind = choose([loudest], [kind for kind in loudness if kind != loudest])
+        text = "Of all the sounds in the video, is the loudest that of the <Object>?"
+        yield "Audio", "Comparative", text, [SHAPES[kind]], yes(kind == loudest)
+    text = "When you look at the whole of this video, how many shapes are visible?"
+    yield "Visual", "Counting", text, [], NUMBERS[len(place)]
     kind = int(rng.choice(list(place)))
-    yield "Visual", "Location", "Where is the <Object> in the video?", [SHAPES[kind]], place[kind]
-    # As many answers are yes as no, where a clip has both.
-    sounding = bool(rng.integers(2))
-    kind = int(rng.choice([kind for kind in place if (kind in loudness) is sounding] or list(place)))
-    text = "Is the <Object> in the video sounding?"
-    yield "Audio-Visual", "Existential", text, [SHAPES[kind]], yes(kind in loudness)
-    yield "Audio-Visual", "Counting", "How many of the visible shapes are sounding?", [], NUMBERS[len(both)]
-    if both:
-        loudest = max(both, key=loudness.__getitem__)
-        yield "Audio-Visual", "Location", "Where is the loudest of the visible shapes?", [], place[loudest]
-        if len(place) > 1:
-            a = int(rng.choice(both))
-            b = int(rng.choice([kind for kind in place if kind != a]))
-            a, b = rng.permutation([a, b]).tolist()
-            text = "Is the shape on the <Position> louder than the shape on the <Position>?"
-            yield "Audio-Visual", "Comparative", text, [place[a], place[b]], yes(loudness.get(a, 0) > loudness.get(b, 0))
-        first = bool(rng.integers(2))
-        text = "Which of the visible shapes sounds <Order>?"
-        yield "Audio-Visual", "Temporal", text, ["first" if first else "last"], SHAPES[both[0 if first else -1]]
+    text = "In which of the three places of this video do you see the <Object>?"
+    yield "Visual", "Location", text, [SHAPES[kind]], place[kind]
+    kind = either(list(loudness))
+    text = "Is it true of this video that one both sees and hears the <Object>?"
+    yield "Audio-Visual", "Existential", text, [SHAPES[kind]], yes(kind in both)
+    text = "Of all the shapes that are visible in this video, how many are sounding?"
+    yield "Audio-Visual", "Counting", text, [], NUMBERS[len(both)]
+    kind = choose(both, [kind for kind in place if kind not in both])
+    text = "In which of the three places of this video is there a sounding <Object>?"
+    yield "Audio-Visual", "Location", text, [SHAPES[kind]], place[kind] if kind in both else "nowhere"
+    text = "Are the shapes that one sees in this video more than the sounds heard?"
+    yield "Audio-Visual", "Comparative", text, [], yes(len(place) > len(loudness))
+    if len(loudness) < 3:
+        longest = max(seconds, key=seconds.__getitem__)
+        kind = either([longest])
+        text = "Is the longest sound of this video that of a shape seen, the <Object>?"
+        yield "Audio-Visual", "Temporal", text, [SHAPES[kind]], yes(kind == longest and kind in place)
 
 
 def _annotate_ave(seed: int, clips: int) -> dict[str, str]:
@@ -395,7 +419,7 @@ def _annotate_avqa(seed: int, clips: int) -> dict[str, str]:
             }
             records[_split(index)].append(record)
     # Words are numbered as the training questions have them, so the others ask and answer in these words only. The first clip
-    # asks all questions, and the first three have all numbers of shapes; every split keeps those.
+    # asks all questions, and the first eight have all numbers of shapes and sounds; every split keeps those.
     values = {value for record in records["train"] for value in json.loads(record["templ_values"])}
     answers = {record["anser"] for record in records["train"]}
     return {
