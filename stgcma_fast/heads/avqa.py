@@ -16,11 +16,13 @@ def avqa_loss(
         answers: logits ``[B, answers]``.
         match_positive, match_negative: logits ``[B * T, 2]``; the classes are 1 and 0.
         label: ``[B]``, integers.
-        match_weight: of the second term, a mean over both kinds of match.
+        match_weight: of the second term, a mean over both kinds of match; 0 leaves it out, and what it is made of may be None.
 
     Raises:
         ValueError: ``match_negative`` is None, as a model gives it that was called without negative frames.
     """
+    if not match_weight:
+        return F.cross_entropy(answers, label)
     if match_negative is None:
         raise ValueError("match_negative: got None, expected logits [B * T, 2] of a call with negative frames")
     matches = torch.stack([match_positive, match_negative], 1).flatten(0, 1)  # positive, negative, positive, ...

@@ -80,7 +80,8 @@ class AVDataModule(L.LightningDataModule):
         options = {"seed": self.seed, **self.options[media.task]}
         options["train"] = options.pop("augment", True) and train
         if media.task == "avqa":
-            options["negatives"] = train  # evaluation does not look at them
+            # Evaluation does not look at them, nor does a loss without matches.
+            options["negatives"] = train and self.trainer.lightning_module.loss_options["match_weight"] > 0
         if (self.root / split / INDEX).is_file():
             return ShardDataset(self.root, split, media, **options)
         dataset = open_dataset(media.task, self.root, split, media, **options)

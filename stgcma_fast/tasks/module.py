@@ -52,7 +52,7 @@ class STGCMAModule(L.LightningModule):
         weight_decay: of Adam, added to the gradient.
         all_frames: of AVS: learn from the masks of all frames (MS3), not of the first alone.
         iou_weight: of AVS: weight of a loss of intersection over union beside the cross-entropy.
-        match_weight: of AVQA: weight of the matches' loss beside the answers'.
+        match_weight: of AVQA: weight of the matches' loss beside the answers'; 0 also saves reading their frames.
         compile: torch.compile of the model; "auto" is "reduce-overhead", whose steps are CUDA graphs, on CUDA, else "off".
         checkpointing: run each block again in the backward instead of keeping what it computed.
         impl: which implementation serves the operators.
@@ -140,13 +140,13 @@ class STGCMAModule(L.LightningModule):
         if self.pretrained is not None:
             rank_zero_info(load_pretrained(self.network, self.pretrained))
         else:
-            draw_backbone(self.network)
+            draw_weights(self.network)
         if self.grounding is not None and self.trainer.state.fn == "fit":
             rank_zero_info(load_grounding(self.network, self.grounding))
         if dtype := _FROZEN.get(self.trainer.precision):
             self.network.cast_frozen(dtype)
         # Adam would go on decaying what the loss does not reach, and processes would wait for its gradients.
-        unreached = unreached_parameters(self.config)
+        unreached = unreached_parameters(self.config, matches=self.loss_options.get("match_weight") != 0)
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(is_trainable(name) and name not in unreached)
         self.metrics = build_metrics(self.config.task)
@@ -252,7 +252,7 @@ class STGCMAModule(L.LightningModule):
     def _evaluate(self, batch: dict[str, Any]) -> None:
         output = self._run(batch, None)
         # No negatives are looked at: answers do not depend on them.
-        loss = F.cross_entropy(output[0], batch["label"]) if self.config.task == "avqa" else self.loss(output, batch)
+        loss = avqa_loss(*output, batch["label"], match_weight=0) if self.config.task == "avqa" else self.loss(output, batch)
         # Once for each clip: without a look for NaN, which would wait for the device, torchmetrics forgets weights.
         self.mean_loss.update(loss.expand(len(batch["audio"])))
         self.metrics.update(output, batch)
@@ -314,24 +314,25 @@ class STGCMAModule(L.LightningModule):
                 )
 
 
-def draw_backbone(network: FastSTGCMA) -> None:
-    """Weights for a backbone that comes from no file: of a frozen linear layer with variance 1 / (inputs), of Swin's tables of
-    relative positions so large that its heads look at different places.
+def draw_weights(network: FastSTGCMA) -> None:
+    """Weights for a backbone that comes from no file, and for AVQA's head on it: of a linear layer with variance 1 / (inputs),
+    of Swin's tables of relative positions so large that its heads look at different places.
 
-    The published start, a standard deviation of 0.02 everywhere, lets nothing through a small network, and nothing mends what
-    is frozen.
+    The published start is a standard deviation of 0.02 everywhere. At the head's published width, 1536, it is nearly the same;
+    through a small network it lets nothing, and nothing mends what is frozen.
     """
     for name, layer in network.named_modules():
-        if isinstance(layer, nn.Linear) and not is_trainable(f"{name}.weight"):
+        drawn = not is_trainable(f"{name}.weight") or name.startswith("avqatask_")
+        if isinstance(layer, nn.Linear) and drawn:
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
     for name, table in network.named_parameters():
         if name.endswith("relative_position_bias_table"):
             nn.init.normal_(table, std=2.0)
 
 
-def unreached_parameters(config: ModelConfig) -> set[str]:
+def unreached_parameters(config: ModelConfig, matches: bool = True) -> set[str]:
     """Names of the parameters that the paper trains, but no gradient reaches: gates of a direction that is off, the tables of
-    an absent stream, the first residual unit of AVS's coarsest path.
+    an absent stream, the first residual unit of AVS's coarsest path; and AVQA's match layers, if the loss has no matches.
 
     It asks the reference model's graph, on tensors without memory.
     """
@@ -343,6 +344,6 @@ def unreached_parameters(config: ModelConfig) -> set[str]:
         more = (video, torch.zeros(1, 14, dtype=torch.long)) if config.task == "avqa" else ()
         output = model(audio, video, *more)
         # AVS's loss reads the first of its outputs.
-        outputs = {"ave": (output,), "avs": output[:1], "avqa": output}[config.task]
+        outputs = {"ave": (output,), "avs": output[:1], "avqa": output if matches else output[:1]}[config.task]
         sum(item.sum() for item in outputs).backward()
     return {name for name, parameter in model.named_parameters() if is_trainable(name) and parameter.grad is None}
