@@ -145,6 +145,7 @@ def train_by_hand(case: Case, root: Path, steps: int, draws: list[Tensor]) -> tu
     optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.95, 0.999), weight_decay=5e-7)
     epoch = len(dataset) // BATCH
     rest = steps - WARMUP_EPOCHS * epoch
+    assert rest > 0
     falling = [MIN_LR + 0.5 * (base - MIN_LR) * (1 + np.cos(np.pi * np.arange(rest) / rest)) for base in bases]
     tables = [np.concatenate([np.linspace(0, base, steps - rest), fall]) for base, fall in zip(bases, falling, strict=True)]
     pipeline = AVPipeline(dataset, BATCH, shuffle=True, drop_last=True, workers=0)
