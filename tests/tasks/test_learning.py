@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from stgcma_fast import cli
+from stgcma_fast import SwinConfig, cli
+from stgcma_fast.data import media_config, open_dataset
+from stgcma_fast.data.pack import pack
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -61,5 +63,26 @@ def test_what_sounds_is_segmented(avs_shards, tmp_path):
     # Where a token stands for four pixels a side, the outline is what is hard, not the choice.
     sizes = ["--model.task=avs", "--model.arch.image_size=14", "--model.arch.patch_size=2"]
     # Masks are small: cross-entropy alone is content with empty ones for long.
-    rates = ["--model.lr=1.5e-3", "--model.min_lr=1.5e-5", "--model.iou_weight=1", "--trainer.max_epochs=10"]
+    rates = ["--model.lr=1.5e-3", "--model.min_lr=1.5e-5", "--model.iou_weight=1", "--trainer.max_epochs=8"]
     assert score("configs/demo.yaml", avs_shards, tmp_path / "run", *sizes, *rates)["miou"] > 0.6
+
+
+@pytest.fixture(scope="module")
+def avqa_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packed at the three seconds of a clip that the model looks at, for each clip is read for each of its questions."""
+    clips, shards = (tmp_path_factory.mktemp(name) for name in ("clips", "shards"))
+    assert cli.main(["data", "synth", "--task", "avqa", "--out", str(clips), "--clips", "600", "--seed", "1"]) == 0
+    media = media_config("avqa", SwinConfig(image_size=28, embed_dim=32, depths=(1,), num_heads=(1,)), num_frames=3)
+    for split in ("train", "val", "test"):
+        pack(open_dataset("avqa", clips, split, media, negatives=False), shards)
+    return shards
+
+
+def test_questions_are_answered(avqa_shards, tmp_path):
+    """Who knows the question alone is right in 0.45 of the answers, who has one modality beside it in 0.71 at most."""
+    switches = json.dumps({"drop_path": 0.0, "num_frames": 3})
+    sizes = ["--model.task=avqa", f"--model.switches={switches}", "--model.arch.depths=[1]"]
+    sizes += ["--model.arch.embed_dim=128", "--model.arch.num_heads=[4]"]
+    rates = ["--model.lr=1e-3", "--model.min_lr=1e-5", "--model.match_weight=0", "--data.batch_size=16"]
+    scores = score("configs/demo.yaml", avqa_shards, tmp_path / "run", *sizes, *rates, "--trainer.max_epochs=12")
+    assert scores["accuracy"] > 0.75
