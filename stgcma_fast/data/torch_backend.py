@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 import torch
@@ -55,6 +56,11 @@ def in_order(
             if isinstance(result, MediaError):
                 raise result
             yield result
+    except (ConnectionError, EOFError) as error:
+        # A batch's memory is asked of the worker that sent it, who may be dead before the system tells its parent so.
+        if workers and wait([worker.sentinel for worker in stream._workers], timeout=1):
+            raise RuntimeError(f"a worker exited unexpectedly; what it had read is lost ({error!r})") from error
+        raise
     finally:
         # Not left to garbage collection: an error's traceback keeps alive what is here, workers and the error itself.
         if workers:

@@ -9,6 +9,7 @@ import sys
 import time
 import types
 from collections import Counter
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -322,6 +323,40 @@ def test_a_killed_worker_is_told(monkeypatch):
     assert not children()
     monkeypatch.setattr(torch_backend, "read_sample", read)
     assert ids(pipe) == list(range(12))
+
+
+def test_a_worker_killed_before_its_batch_is_fetched_is_told(monkeypatch):
+    """Its memory is asked of the worker itself. Whoever asks may learn that there is none before the system says so."""
+
+    def work(job):
+        if job == 2:
+            time.sleep(0.5)  # Until job 1 is on its way.
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.full((1000,), job)
+
+    stream = torch_backend.in_order(work, range(3), 1)
+    assert next(stream)[0] == 0
+    (worker,) = children()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        while "\nState:\tZ" not in Path(f"/proc/{worker}/status").read_text():
+            time.sleep(0.01)
+        with monkeypatch.context() as patch:
+            patch.setattr(BaseProcess, "is_alive", lambda self: True)
+            with pytest.raises(RuntimeError, match=r"a worker exited unexpectedly.*Connection"):
+                next(stream)
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+    assert not children()
+
+
+def test_an_error_of_a_connection_that_work_had_is_its_own():
+    def work(job):
+        raise ConnectionResetError("the storage hung up")
+
+    with pytest.raises(ConnectionResetError, match="the storage hung up"):
+        next(torch_backend.in_order(work, range(3), 1))
+    assert not children()
 
 
 class StopError(Exception):
