@@ -149,6 +149,10 @@ class STGCMAModule(L.LightningModule):
         unreached = unreached_parameters(self.config, matches=self.loss_options.get("match_weight") != 0)
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(is_trainable(name) and name not in unreached)
+        if self.trainer.state.fn == "fit":
+            trained = sum(parameter.numel() for parameter in self.network.parameters() if parameter.requires_grad)
+            whole = sum(parameter.numel() for parameter in self.network.parameters())
+            rank_zero_info(f"{trained / 1e6:.2f} of {whole / 1e6:.2f} million parameters are trained")
         self.metrics = build_metrics(self.config.task)
         # Lightning's own mean over processes counts their clips wrongly where not all have as many.
         self.mean_loss = MeanMetric(nan_strategy="disable")

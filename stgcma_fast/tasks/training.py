@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
+import warnings
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +68,14 @@ class _CLI(LightningCLI):
             save_config_callback=SaveConfigCallback if command == "fit" else None,
             save_config_kwargs={"overwrite": True},
             # Under inference_mode the evaluation after a training would be compiled once more.
-            trainer_defaults={"max_epochs": 20, "precision": "bf16-mixed", "devices": 1, "inference_mode": False},
+            trainer_defaults={
+                "max_epochs": 20,
+                "precision": "bf16-mixed",
+                "devices": 1,
+                "inference_mode": False,
+                # It would be three lines about one network, and count no operations of its kernels.
+                "enable_model_summary": False,
+            },
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_kwargs={
@@ -104,6 +113,11 @@ class _CLI(LightningCLI):
             adapters = f"_{model.adapters}" if isinstance(model.adapters, str) else ""
             trainer.default_root_dir = f"runs/{model.task}/{arch}{adapters}"
         self.folder = Path(trainer.default_root_dir)
+        if trainer.overfit_batches:
+            raise ValueError(
+                f"trainer.overfit_batches: got {trainer.overfit_batches}, expected 0, for pipelines keep their own order; "
+                "--trainer.limit_train_batches and --trainer.limit_val_batches take parts of an epoch"
+            )
         average, epochs = self.config.average, trainer.max_epochs
         if average is not None and not average[0] <= average[1] <= (epochs or 0):
             raise ValueError(
@@ -136,9 +150,12 @@ def main(command: str, args: Sequence[str]) -> int:
         ValueError, OSError, MediaError: settings, files or data that cannot serve; a loss that is not finite; a device without
             enough memory.
     """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    # Lightning asks PyTorch in an old way for each batch.
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
     try:
         cli = _CLI(command, args)
-    except MisconfigurationException as error:  # as of an accelerator that is not there
+    except (MisconfigurationException, ModuleNotFoundError) as error:  # as of an accelerator or a logger that is not there
         raise ValueError(str(error)) from error
     try:
         if command == "fit":
@@ -163,6 +180,11 @@ def main(command: str, args: Sequence[str]) -> int:
             f"What {cli.folder} holds stays, and the same command goes on from there"
         ) from error
     return 0
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    """Not one of Lightning's advertisements."""
+    return "Tip: For seamless" not in record.getMessage()
 
 
 def _fit(cli: _CLI) -> None:
