@@ -151,8 +151,9 @@ def main(command: str, args: Sequence[str]) -> int:
             enough memory.
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
-    # Lightning asks PyTorch in an old way for each batch.
+    # Lightning asks PyTorch in an old way for each batch, and cannot know that scores are already those of all processes.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+    warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\('val/.*sync_dist=True")
     try:
         cli = _CLI(command, args)
     except (MisconfigurationException, ModuleNotFoundError) as error:  # as of an accelerator or a logger that is not there
@@ -179,6 +180,9 @@ def main(command: str, args: Sequence[str]) -> int:
             "--model.checkpointing true, which computes each block twice and keeps little; or --trainer.precision bf16-mixed. "
             f"What {cli.folder} holds stays, and the same command goes on from there"
         ) from error
+    if torch.distributed.is_initialized():
+        # Gloo's threads free tensors, and one that does while the interpreter ends aborts the process after all its work.
+        torch.distributed.destroy_process_group()
     return 0
 
 
