@@ -46,8 +46,9 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Kernels are compiled on the CPU, most of the time, so that four processes share the GPU.
 test-gpu: venv
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu -n 4 --dist worksteal
 
 # Every part of a benchmark keeps its results as it ends, and what fails or takes too long does not stop the next.
 BEGIN = failed=0; set -x; unset TRITON_INTERPRET;
@@ -64,14 +65,17 @@ bench-data: venv
 
 # A GPU may be lent for ten minutes at a time: each target fits into that by the limits of its parts, in seconds. What matters most
 # comes first, and what is compiled, which takes minutes, last.
-RACE = --impl reference fast fast_graph --device cuda --json auto $(END)
-COMPILED = --impl compiled --device cuda --json auto $(END)
+# By whom; what is compiled by PyTorch takes minutes.
+OPERATORS = $(BIN)/python -m pytest benchmarks/ops $(foreach provider,$(1),--provider $(provider)) --device cuda --json auto $(END)
+UNCOMPILED = reference fast flash_attn xformers sdpa_flash sdpa_cudnn sdpa_efficient sdpa_math
+RACE = --impl reference fast fast_graph $(1) --device cuda --json auto $(END)
+COMPILED = --impl compiled $(1) --device cuda --json auto $(END)
 
 bench-gpu: venv
 	@$(BEGIN) \
 	timeout 120 $(THROUGHPUT) swin_l --batch-size 1 $(RACE) \
-	timeout 90 $(THROUGHPUT) swin_l --batch-size 8 $(RACE) \
-	timeout 160 $(BIN)/python -m pytest benchmarks/ops --device cuda --json auto $(END) \
+	timeout 90 $(THROUGHPUT) swin_l --batch-size 8 $(call RACE,--steps 20) \
+	timeout 160 $(call OPERATORS,$(UNCOMPILED)) \
 	timeout 50 $(BIN)/python benchmarks/profile.py --arch swin_l --phase train --device cuda --json auto $(END) \
 	timeout 170 $(THROUGHPUT) swin_l --batch-size 1 $(COMPILED) \
 	exit $$failed
@@ -84,8 +88,9 @@ bench-gpu-models: venv
 
 bench-gpu-compiled: venv
 	@$(BEGIN) \
-	timeout 140 $(THROUGHPUT) swin_l --batch-size 8 $(COMPILED) \
-	$(foreach arch,clip_l14 swin_b clip_b16,$(foreach batch,1 8,timeout 75 $(THROUGHPUT) $(arch) --batch-size $(batch) $(COMPILED))) \
+	timeout 100 $(THROUGHPUT) swin_l --batch-size 8 $(call COMPILED,--steps 20) \
+	timeout 100 $(call OPERATORS,reference compiled fast) \
+	$(foreach arch,clip_l14 swin_b clip_b16,$(foreach batch,1 8,timeout 65 $(THROUGHPUT) $(arch) --batch-size $(batch) $(COMPILED))) \
 	exit $$failed
 
 bench-gpu-fit: venv

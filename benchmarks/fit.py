@@ -219,7 +219,8 @@ def steps_alone(arch: str, adapters: str, batch_size: int, dtype: str, device: s
     impls = ["fast"] if device == "cpu" or dtype == "float16" else ["fast", "fast_graph"]
     config = throughput.preset(arch, adapters, task="ave")
     steps = "auto" if device == "cuda" else throughput.CPU_ROUNDS
-    return throughput.Race(config, impls, ["train"], batch_size, [DTYPES[dtype]], device, steps, console).run()
+    (rows,) = throughput.Race(config, impls, ["train"], batch_size, [DTYPES[dtype]], device, steps, console).run()
+    return rows
 
 
 def release() -> None:
@@ -278,24 +279,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     labels = {"arch": args.arch, "adapters": args.adapters, "task": "ave", "dtype": dtype, "device": device}
     rows: list[dict[str, Any]] = []
+
+    def keep(measured: Sequence[dict[str, Any]], batch_size: int) -> None:
+        rows.extend(row | labels | {"batch_size": batch_size} for row in measured)
+        if file is not None:
+            save(file, "fit", rows, KEYS, device)
+
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_data(root, args.clips, math.ceil(args.seconds * MOST_CLIPS_PER_SECOND))
         for batch_size in dict.fromkeys(args.batch_size):
             what = (args.arch, args.adapters, batch_size, dtype, device)
-            measured = [{"impl": "fit"} | fit(*what, args.seconds, args.workers, root)]
-            release()
+            # First, for it is also the check, without which no speed is worth keeping.
             try:
                 alone = steps_alone(*what, console)
             except throughput.DisagreementError as error:
                 console.print(f"no speed is reported, one implementation disagrees with the reference: {error}", style="red")
                 return 1
-            release()
             kept = ("impl", "p20_ms", "p50_ms", "p80_ms", "rounds", "clips_per_s", "peak_mb")
-            measured += [{key: row[key] for key in kept} for row in alone]
-            rows += [row | labels | {"batch_size": batch_size} for row in measured]
-            if file is not None:
-                save(file, "fit", rows, KEYS, device)
+            keep([{key: row[key] for key in kept} for row in alone], batch_size)
+            release()
+            keep([{"impl": "fit"} | fit(*what, args.seconds, args.workers, root)], batch_size)
+            release()
     print_table(rows, f"{args.arch} {args.adapters}, ave, on {device}", console)
     return 0
 

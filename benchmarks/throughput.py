@@ -1,7 +1,7 @@
 """End-to-end speed and memory of STG-CMA: forward, and a whole train step, of each implementation.
 
-All get the same weights and inputs. Their outputs and gradients are compared first: where they disagree no speed is printed.
-Then they run in turns, so that a machine that slows down slows all of them.
+All get the same weights and inputs. Their outputs and gradients are compared first: of a phase in which they disagree no speed
+is printed. Then they run in turns, so that a machine that slows down slows all of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -411,11 +411,11 @@ class Race:
             contender.times[phase] = [seconds[contender.title] for seconds in rounds]
             contender.graphs.clear()  # and with them the memory they hold
 
-    def run(self) -> list[dict[str, Any]]:
+    def run(self) -> Iterator[list[dict[str, Any]]]:
         """Check, then time.
 
-        Returns:
-            A row of measurements for each phase and implementation.
+        Yields:
+            The rows of measurements of a phase, one for each implementation and dtype, when it has ended.
 
         Raises:
             DisagreementError: an implementation is further off than the yardstick allows.
@@ -425,6 +425,8 @@ class Race:
         # The reference in float32 is the yardstick of all, in a low precision that of the others' errors there.
         names = [("reference", dtype) for dtype in dict.fromkeys((torch.float32, *self.dtypes))]
         names += [(name, dtype) for dtype in self.dtypes for name in self.impls if name != "reference"]
+        flops = count_flops(self.config, self.batch_size)
+        machine = {dtype: matmul_peak(self.device, dtype) for dtype in self.dtypes}
         with progress_bar(self.console) as progress:
             task = progress.add_task("build", total=len(names))
             contenders: list[Contender] = []
@@ -435,13 +437,12 @@ class Race:
             for phase in self.phases:
                 self.check(contenders, phase, progress)
                 self.race(raced, phase, progress)
+                yield self.rows(raced, phase, flops[phase], machine)
         for contender in raced:
             if contender.name.endswith("compiled"):
                 self.console.print(
                     f"{contender.title}: first calls, with compilation, took {contender.first_calls:.0f} s; not in the table"
                 )
-        flops = count_flops(self.config, self.batch_size)
-        machine = {dtype: matmul_peak(self.device, dtype) for dtype in self.dtypes}
         self.console.print(
             "fastest matrix product, in TFLOP/s: "
             + ", ".join(f"{str(dtype).removeprefix('torch.')} {machine[dtype] / 1e12:.3g}" for dtype in self.dtypes)
@@ -450,32 +451,31 @@ class Race:
             + "; timed rounds: "
             + ", ".join(f"{phase} {len(raced[0].times[phase])}" for phase in self.phases)
         )
+
+    def rows(self, raced: list[Contender], phase: str, flops: float, machine: dict[torch.dtype, float]) -> list[dict[str, Any]]:
+        """The measurements of a phase that was timed."""
+        p50 = {(c.name, c.dtype): quantiles(c.times[phase])[1] for c in raced}
+        base = p50.get(("reference", self.dtypes[0]))
         rows = []
-        for phase in self.phases:
-            p50 = {(c.name, c.dtype): quantiles(c.times[phase])[1] for c in raced}
-            base = p50.get(("reference", self.dtypes[0]))
-            for dtype in self.dtypes:
-                for c in raced:
-                    if c.dtype != dtype:
-                        continue
-                    low, middle, high = quantiles(c.times[phase])
-                    rows.append(
-                        {
-                            "impl": c.name,
-                            "phase": phase,
-                            "dtype": str(dtype).removeprefix("torch."),
-                            "p20_ms": low * 1e3,
-                            "p50_ms": middle * 1e3,
-                            "p80_ms": high * 1e3,
-                            "rounds": len(c.times[phase]),
-                            "clips_per_s": self.batch_size / middle,
-                            "peak_mb": c.peak[phase] / 1e6 if phase in c.peak else None,
-                            "speedup": base / middle if base else None,
-                            "speedup_over": f"reference {str(self.dtypes[0]).removeprefix('torch.')}" if base else None,
-                            "max_abs_err": c.max_abs_err,
-                            "peak_share": flops[phase] / middle / machine[dtype],
-                        }
-                    )
+        for c in sorted(raced, key=lambda c: self.dtypes.index(c.dtype)):
+            low, middle, high = quantiles(c.times[phase])
+            rows.append(
+                {
+                    "impl": c.name,
+                    "phase": phase,
+                    "dtype": str(c.dtype).removeprefix("torch."),
+                    "p20_ms": low * 1e3,
+                    "p50_ms": middle * 1e3,
+                    "p80_ms": high * 1e3,
+                    "rounds": len(c.times[phase]),
+                    "clips_per_s": self.batch_size / middle,
+                    "peak_mb": c.peak[phase] / 1e6 if phase in c.peak else None,
+                    "speedup": base / middle if base else None,
+                    "speedup_over": f"reference {str(self.dtypes[0]).removeprefix('torch.')}" if base else None,
+                    "max_abs_err": c.max_abs_err,
+                    "peak_share": flops / middle / machine[c.dtype],
+                }
+            )
         return rows
 
 
@@ -575,17 +575,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error(str(error))
     labels = {"arch": args.arch, "adapters": args.adapters, "task": args.task, "batch_size": args.batch_size, "device": device}
     tensor_dtypes = [DTYPES[name] for name in dtypes]
+    rows: list[dict[str, Any]] = []
+    status = 1
     try:
-        measured = Race(config, impls, args.phase, args.batch_size, tensor_dtypes, device, args.steps, console).run()
+        for measured in Race(config, impls, args.phase, args.batch_size, tensor_dtypes, device, args.steps, console).run():
+            rows += [row | labels for row in measured]
+            if file is not None:
+                save(file, "throughput", rows, ("arch", "adapters", "task", "batch_size", "dtype", "phase", "impl"), device)
+        status = 0
     except DisagreementError as error:
         console.print(f"no speed is reported, an implementation disagrees with the reference: {error}", style="bold red")
-        return 1
-    rows = [row | labels for row in measured]
+    except torch.OutOfMemoryError as error:
+        console.print(f"{device} has not enough memory: {error}", style="bold red")
+    # Of the phases that ended.
     title = f"{args.arch} {args.adapters}, {args.task}, batch {args.batch_size} on {device}"
-    print_table(rows, title, console)
-    if file is not None:
-        save(file, "throughput", rows, ("arch", "adapters", "task", "batch_size", "dtype", "phase", "impl"), device)
-    return 0
+    if rows:
+        print_table(rows, title, console)
+    return status
 
 
 if __name__ == "__main__":

@@ -199,7 +199,8 @@ def parser() -> ArgumentParser:
     """The command line."""
     p = ArgumentParser(prog="tune.py", description=__doc__)
     served = sorted(op for op, implementations in dispatch.REGISTRY.items() if "triton" in implementations)
-    p.add_argument("--op", choices=tuple(served), nargs="+", default=served, help="operators")
+    p.add_argument("--op", choices=tuple(served), nargs="+", default=served, help="operators, in this order")
+    p.add_argument("--shape", default="", metavar="PREFIX", help="shapes whose names begin so, such as swin_l; default: all")
     p.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="dtype of all tensors")
     p.add_argument("--fresh", action="store_true", help="measure again what the table already holds")
     return p
@@ -215,7 +216,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("TRITON_INTERPRET is set: kernels would run in the interpreter; run this without it")
     console = Console()
     table = Tuned(launch.CONFIGS / f"{launch.gpu_slug(torch.cuda.get_device_name())}.json", header(), args.fresh)
-    cases = [case for case in CASES if case.op in args.op]
+    cases = [case for op in args.op for case in CASES if case.op == op and case.label.startswith(args.shape)]
+    # A GPU may be there for minutes only: what the largest model launches comes first.
+    cases.sort(key=lambda case: not case.label.startswith("swin_l"))
+    if not cases:
+        p.error(f"--shape {args.shape}: no shape of {', '.join(args.op)} begins so")
     with progress_bar(console) as progress:
         measured, failed = tune(cases, DTYPES[args.dtype], "cuda", table, _do_bench, progress)
     console.print(f"{len(measured)} keys measured; the table: {table.path}")

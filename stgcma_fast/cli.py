@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from jsonargparse import ArgumentParser
 
-from . import params, report
-from .data import commands as data
 from .data.errors import MediaError
 
-# Subcommand -> module with `main` and a docstring that explains it. One with `parser` takes arguments.
-COMMANDS = {"params": params, "report": report, "data": data}
+# Subcommand -> module with `main` and a docstring that explains it. One with `parser` takes arguments. They are not imported
+# before Lightning: with rich there first, typing gives Lightning `float | int` for its `int | float`, and a limit of 1 batch
+# becomes 1.0, all of them.
+COMMANDS = {"params": ".params", "report": ".report", "data": ".data.commands"}
 # Those of tasks, which need the extra `train` and are imported when one of them is asked for.
 TRAINING = {
     "fit": "Train on a data set.",
@@ -32,11 +33,12 @@ def parser(argv: Sequence[str] = ()) -> ArgumentParser:
     """The command line, complete as far as ``argv`` needs it: data's own commands need the extra `data`."""
     p = ArgumentParser(prog="stgcma-fast", description="STG-CMA, an audio-visual model on one frozen vision transformer.")
     subcommands = p.add_subcommands()
-    for name, module in COMMANDS.items():
+    for name, home in COMMANDS.items():
+        module = import_module(home, __package__)
         inner = module.parser() if hasattr(module, "parser") else ArgumentParser(description=module.__doc__)
         subcommands.add_subcommand(name, inner, help=module.__doc__)
-        if module is data and argv[:1] == [name]:
-            data.add_subcommands(inner)
+        if name == "data" and argv[:1] == [name]:
+            module.add_subcommands(inner)
     for name, title in TRAINING.items():
         # For the list of commands; Lightning's command line has their arguments.
         subcommands.add_subcommand(name, ArgumentParser(description=title), help=title)
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .tasks import predict
 
             return predict.main(args.predict)
-        module = COMMANDS[args.subcommand]
+        module = import_module(COMMANDS[args.subcommand], __package__)
         return module.main(args[args.subcommand]) if hasattr(module, "parser") else module.main()
     except KeyboardInterrupt:
         return 130

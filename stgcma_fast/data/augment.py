@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -173,10 +174,17 @@ def _interpolate(images: Tensor, size: int, mode: str, layout: torch.memory_form
 
 def _normalise(images: Tensor, layout: str) -> Tensor:
     """``[M, 3, S, S]`` of 0 to 255 to a contiguous float32 tensor of the layout."""
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = _levels(images.device)
     if layout == "CTHW":
         images, mean, std = images.transpose(0, 1), mean[:, None], std[:, None]
-    return images.to(torch.float32, memory_format=torch.contiguous_format, copy=True).sub_(255 * mean).div_(255 * std)
+    return images.to(torch.float32, memory_format=torch.contiguous_format, copy=True).sub_(mean).div_(std)
+
+
+@cache
+def _levels(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of grey levels, each ``[3, 1, 1]``. A GPU waits for what is sent to it, and need not for each clip."""
+    mean, std = (255 * torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    return mean, std
 
 
 def _central(height: int, width: int) -> tuple[int, int, int, int]:

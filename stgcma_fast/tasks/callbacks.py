@@ -27,11 +27,15 @@ class WholeCheckpoints(CheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         # In the same folder, for across file systems a rename is a copy.
         part = path.with_name(f".{path.name}.part")
-        with part.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        try:
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except (OSError, RuntimeError) as error:  # PyTorch's own where a disk is full
+            part.unlink(missing_ok=True)
+            raise OSError(f"{path} can not be written, what was there before it stays: {error}") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         try:
@@ -66,6 +70,7 @@ class RunCheckpoints(Checkpoint):
         self.folder, self.every = folder, every
         self.epochs = range(average[0], average[1] + 1) if average is not None else range(0)
         self._step = 0
+        self._due = False
 
     @property
     def epoch_files(self) -> list[Path]:
@@ -74,19 +79,37 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._step = trainer.global_step
+        if self._step == 0 and trainer.is_global_zero and not trainer.fast_dev_run:
+            # Of an earlier training that nobody goes on with: they would be averaged if this one ends early.
+            for path in self.epoch_files:
+                path.unlink(missing_ok=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         # Several batches make a step where gradients are accumulated: what the first of them gave is in no checkpoint.
         step, self._step = self._step, trainer.global_step
-        # The last batch of an epoch is followed by its evaluation, which must not be left out.
-        if trainer.global_step != step and trainer.global_step % self.every == 0 and not trainer.is_last_batch:
-            trainer.save_checkpoint(self.folder / LAST, weights_only=False)
+        if trainer.global_step == step or trainer.fast_dev_run:
+            return
+        self._due |= trainer.global_step % self.every == 0
+        # An evaluation that follows would be left out by who goes on: it is waited for.
+        if self._due and not trainer.is_last_batch and not self._evaluation_follows(trainer):
+            self._save_last(trainer)
+
+    def _evaluation_follows(self, trainer: L.Trainer) -> bool:
+        loop = trainer.fit_loop.epoch_loop
+        batch = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx
+        return trainer.val_check_batch is not None and (batch + 1) % trainer.val_check_batch == 0
+
+    def _save_last(self, trainer: L.Trainer) -> None:
+        self._due = False
+        trainer.save_checkpoint(self.folder / LAST, weights_only=False)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.fast_dev_run:
+            return
         epoch = trainer.current_epoch + 1
         if epoch in self.epochs:
             trainer.save_checkpoint(self.epoch_files[self.epochs.index(epoch)], weights_only=True)
-        trainer.save_checkpoint(self.folder / LAST, weights_only=False)
+        self._save_last(trainer)
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -104,6 +104,11 @@ class AVDataModule(L.LightningDataModule):
             )
 
     @property
+    def train_clips(self) -> int:
+        """How many there are, which the learning rates of a training depend on."""
+        return len(self._datasets["train"])
+
+    @property
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What the numbers of classes or answers, and of a question's words, stand for; empty where a task has none."""
         dataset = next(iter(self._datasets.values()))

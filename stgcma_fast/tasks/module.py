@@ -25,7 +25,7 @@ from ..pretrained import load_grounding, load_pretrained
 from ..reference.model import ReferenceSTGCMA, is_trainable
 from .metrics import build_metrics
 from .schedule import learning_rates
-from .trained import DESCRIPTION, PREFIX, Description, Weights, check_state, saved_state
+from .trained import DESCRIPTION, PREFIX, Description, Weights, backbone_digest, check_backbone, check_state, saved_state
 
 Compile = Literal["auto", "off", "default", "reduce-overhead"]
 # Settings of a run, in its checkpoints.
@@ -104,8 +104,9 @@ class STGCMAModule(L.LightningModule):
             ratio = tuple(adapters) if isinstance(adapters, list) else adapters
             backbone = arch if not isinstance(arch, str) else preset(arch).backbone
             self.config = ModelConfig(backbone, ratio, **switches)
-        for rate in (lr, lr * head_lr) if task == "ave" else (lr,):
-            learning_rates(rate, min_lr, 0, 1)
+        for name, rate in {"lr": lr, "lr * head_lr": lr * head_lr if task == "ave" else lr}.items():
+            if not 0 <= min_lr <= rate:
+                raise ValueError(f"{name}: got {rate:g} with min_lr {min_lr:g}, expected 0 <= min_lr <= {name}")
         self.grounding, self.lr, self.min_lr, self.head_lr, self.warmup_epochs = grounding, lr, min_lr, head_lr, warmup_epochs
         self.weight_decay, self.seed, self.compile_mode = weight_decay, seed, compile
         self.model_options = {"checkpointing": checkpointing, "impl": impl}
@@ -120,6 +121,7 @@ class STGCMAModule(L.LightningModule):
         self.classes: tuple[str, ...] = ()
         self.words: tuple[str, ...] = ()
         self.network: FastSTGCMA | None = None
+        self._backbone: str | None = None
         self._bad_step: Tensor | None = None
 
     @property
@@ -139,6 +141,7 @@ class STGCMAModule(L.LightningModule):
         self.network = FastSTGCMA(self.config, **self.model_options)
         if self.pretrained is not None:
             rank_zero_info(load_pretrained(self.network, self.pretrained))
+            self._backbone = backbone_digest(self.network)
         else:
             draw_weights(self.network)
         if self.grounding is not None and self.trainer.state.fn == "fit":
@@ -232,7 +235,7 @@ class STGCMAModule(L.LightningModule):
         # Asked on the device, and looked at now and then: a look waits for the device.
         bad = (self._bad_step < 0) & ~loss.detach().isfinite()
         self._bad_step = torch.where(bad, self.trainer.global_step, self._bad_step)
-        if self.device.type == "cpu" or self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        if self.device.type == "cpu" or self.trainer.global_step % (self.trainer.log_every_n_steps or 50) == 0:
             self._check_finite()
         return loss
 
@@ -280,10 +283,14 @@ class STGCMAModule(L.LightningModule):
             **{name: getattr(self, name) for name in ("lr", "min_lr", "head_lr", "warmup_epochs", "weight_decay", "seed")},
             **self.loss_options,
             **{f"trainer.{name}": getattr(trainer, name) for name in ("max_epochs", "max_steps", "accumulate_grad_batches")},
-            "trainer.gradient_clip_val": trainer.gradient_clip_val,
+            "save": self.weights,
+            **{
+                f"trainer.{name}": getattr(trainer, name)
+                for name in ("limit_train_batches", "gradient_clip_val", "gradient_clip_algorithm")
+            },
             "trainer.precision": trainer.precision,
             "trainer.devices": trainer.world_size,
-            **{f"data.{name}": getattr(data, name) for name in ("batch_size", "selection")},
+            **{f"data.{name}": getattr(data, name) for name in ("batch_size", "selection", "train_clips")},
             **{f"data.{name}": value for name, value in data.options[self.config.task].items()},
         }
 
@@ -295,7 +302,9 @@ class STGCMAModule(L.LightningModule):
         if broken := [key.removeprefix(PREFIX) for key, value in state.items() if not value.isfinite().all()]:
             raise self._not_finite(f"step {self.trainer.global_step - 1} left {named('weights that are not finite', broken)}")
         checkpoint["state_dict"] = state
-        description = Description(self.config.to_dict(), self.weights, self.pretrained, self.classes, self.words)
+        description = Description(
+            self.config.to_dict(), self.weights, self.pretrained, self.classes, self.words, self._backbone
+        )
         checkpoint[DESCRIPTION], checkpoint[SETTINGS] = description.to_dict(), self._settings()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -306,6 +315,7 @@ class STGCMAModule(L.LightningModule):
             return
         description = Description.from_dict(checkpoint[DESCRIPTION])
         check_state(self.network, state, description, path)
+        check_backbone(self._backbone, self.pretrained, description, path)
         if (description.classes, description.words) != (self.classes, self.words):
             raise ValueError(f"{path} is of other data: its classes or words are not those of {self.trainer.datamodule.root}")
         if self.trainer.state.fn == "fit":

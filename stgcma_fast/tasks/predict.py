@@ -483,7 +483,9 @@ def find_clips(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Path], lis
     for path in map(Path, paths):
         files = [path]
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in CONTAINERS and file.is_file())
+            # What is hidden is no clip: some systems keep a second file beside each.
+            shown = (file for file in path.iterdir() if not file.name.startswith("."))
+            files = sorted(file for file in shown if file.suffix.lower() in CONTAINERS and file.is_file())
             if not files:
                 errors.append(MediaError(path, f"it holds no clip, expected files that end in {', '.join(CONTAINERS)}"))
         for file in files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ class Description:
         pretrained: the file that the frozen weights came from; None where there was none.
         classes: names of AVE's events or AVQA's answers, in the order of the model's numbers.
         words: of AVQA's questions, likewise; the first stands for no word.
+        backbone: what `backbone_digest` said of the frozen weights, if they came from a file.
     """
 
     config: dict[str, Any]
@@ -43,6 +45,7 @@ class Description:
     pretrained: str | None
     classes: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
+    backbone: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"classes": list(self.classes), "words": list(self.words)}
@@ -108,6 +111,34 @@ def saved_state(model: FastSTGCMA, weights: Weights) -> dict[str, Tensor]:
     return {key: value for key, value in model.state_dict().items() if weights == "full" or is_trainable(key)}
 
 
+def backbone_digest(model: FastSTGCMA) -> str:
+    """What tells frozen weights from others. The same in every precision down to bfloat16."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key, value in model.state_dict().items():
+        if value.is_floating_point() and not is_trainable(key):
+            digest.update(key.encode())
+            digest.update(value.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())
+    return digest.hexdigest()
+
+
+def check_backbone(digest: str | None, source: str | Path | None, description: Description, path: str | Path) -> None:
+    """Refuse adapters beside another backbone than the one they were trained on.
+
+    Args:
+        digest: of the frozen weights that are here; None: they are random.
+        source: their file.
+        description, path: of the checkpoint.
+
+    Raises:
+        ValueError: the weights are others.
+    """
+    if description.weights == "adapters" and digest != description.backbone:
+        raise ValueError(
+            f"{path} holds adapters alone, trained beside the weights of {description.pretrained}; here are others, "
+            f"{'random ones' if source is None else f'of {source}'}"
+        )
+
+
 def check_state(model: FastSTGCMA, state: Mapping[str, Tensor], description: Description, path: str | Path) -> None:
     """Refuse a checkpoint of another model before anything is changed.
 
@@ -159,6 +190,7 @@ def load_trained(
                 f"{path} holds adapters alone, and the backbone they were trained on is not at {source}; "
                 "give its file as pretrained"
             ) from error
+        check_backbone(backbone_digest(model), source, description, path)
     state = {key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items()}
     check_state(model, state, description, path)
     model.load_state_dict(state, strict=False)

@@ -27,7 +27,7 @@ from .curves import LOGS, Curves
 from .datamodule import AVDataModule
 from .metrics import SELECTED, table
 from .module import STGCMAModule
-from .trained import AVERAGE, LAST, find_checkpoint, holds_backbone
+from .trained import AVERAGE, LAST, NAMES, find_checkpoint, holds_backbone
 
 COMMANDS = {
     "fit": "Train STG-CMA: its adapters, gates, temporal tables and the task's head, beside a frozen backbone.",
@@ -119,10 +119,10 @@ class _CLI(LightningCLI):
                 "--trainer.limit_train_batches and --trainer.limit_val_batches take parts of an epoch"
             )
         average, epochs = self.config.average, trainer.max_epochs
-        if average is not None and not average[0] <= average[1] <= (epochs or 0):
+        if self.command == "fit" and average is not None and not average[0] <= average[1] <= (epochs or 0):
             raise ValueError(
                 f"average: got epochs {average[0]} to {average[1]} with trainer.max_epochs {epochs}, expected a first and a "
-                "last of these"
+                "last of these, or --average null"
             )
 
     def instantiate_trainer(self, **options: Any) -> L.Trainer:
@@ -193,7 +193,13 @@ def _is_no_tip(record: logging.LogRecord) -> bool:
 
 def _fit(cli: _CLI) -> None:
     last = cli.checkpoints.folder / LAST
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=last if last.is_file() else None, weights_only=True)
+    goes_on = last.is_file() and not cli.trainer.fast_dev_run
+    if (old := last.with_name(AVERAGE)).is_file() and not last.is_file():
+        raise ValueError(
+            f"{old} is of a training that ended, and {last}, to go on from, is not there. To begin anew, remove both, or give "
+            "another folder (--trainer.default_root_dir)"
+        )
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=last if goes_on else None, weights_only=True)
     # What comes now is of no new epoch and would be drawn as one.
     cli.trainer.loggers = []
     if cli.best.best_model_path:
@@ -226,6 +232,11 @@ def _report(cli: _CLI, command: str, values: dict[str, float], path: Path) -> No
     console.print(f"{path}, split {split!r}:")
     console.print(table(cli.model.config.task, scores))
     cli.folder.mkdir(parents=True, exist_ok=True)
-    out = cli.folder / f"{path.stem}_{split}.json"
+    name = path.stem
+    if path.name in NAMES and not path.resolve().is_relative_to(cli.folder.resolve()):
+        # Another run's scores do not take the place of this one's.
+        folder = path.resolve().parent
+        name = f"{(folder.parent if folder.name == 'checkpoints' else folder).name}_{name}"
+    out = cli.folder / f"{name}_{split}.json"
     out.write_text(json.dumps({"checkpoint": str(path), "split": split, "scores": scores}, indent=2) + "\n")
     console.print(f"written to {out}")

@@ -188,6 +188,17 @@ def test_without_a_gpu(bench, capsys):
     assert not bench.path.parent.exists()
 
 
+def test_no_shape_begins_so(bench, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Some GPU")
+    monkeypatch.setattr(bench.module, "header", lambda: bench.header)
+    with pytest.raises(SystemExit) as stop:
+        bench.module.main(["--op", "adapter", "--shape", "swin_x"])
+    assert stop.value.code == 2
+    assert "--shape swin_x: no shape of adapter begins so" in " ".join(capsys.readouterr().err.split())
+
+
 def test_with_the_interpreter(bench, monkeypatch, capsys):
     if not launch.INTERPRETED:
         pytest.skip("kernels are compiled here")

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-import nvidia.dali
 import pytest
 import torch
 from av.video.reformatter import Colorspace
@@ -30,6 +29,8 @@ from stgcma_fast.data.pipeline import SKIPPED, AVPipeline, Items
 from stgcma_fast.data.sample import Frames, Mix, Sample
 from stgcma_fast.data.torch_backend import TorchBackend
 from stgcma_fast.data.video import read_frames
+
+dali_library = pytest.importorskip("nvidia.dali")
 
 CPU = torch.device("cpu")
 T, SIDE = 4, 32
@@ -558,12 +559,12 @@ def test_left_early_and_epoch_after_epoch(ave, monkeypatch):
 def test_the_graph_of_a_gpu(kind, operator, monkeypatch):
     """It can be defined without one: DALI checks the operators. What goes in is on the host, what comes out is not."""
 
-    class Nowhere(nvidia.dali.Pipeline):
+    class Nowhere(dali_library.Pipeline):
         def __init__(self, batch_size, threads, device, **options):
             assert device == 1
             super().__init__(batch_size, threads, None, **options)
 
-    monkeypatch.setattr(nvidia.dali, "Pipeline", Nowhere)
+    monkeypatch.setattr(dali_library, "Pipeline", Nowhere)
     graph = build_pipeline(kind, torch.device("cuda", 1), 2, 1).serialize()
     node = graph[graph.index(operator) :]
     assert b"mixed" in node

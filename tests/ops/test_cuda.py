@@ -208,7 +208,7 @@ def test_sanitizer(tool):
     # Without PyTorch's cache every tensor has bounds of its own.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
     command = [sanitizer(), "--tool", tool, *options, *program]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     text = done.stdout + done.stderr
     if "Device not supported" in text:
         pytest.skip("compute-sanitizer does not support this device or its virtual machine")

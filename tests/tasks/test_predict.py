@@ -20,8 +20,8 @@ from stgcma_fast.data.augment import frames_to_tensor
 from stgcma_fast.data.config import IMAGE_MEAN, IMAGE_STD
 from stgcma_fast.reference.model import is_trainable
 from stgcma_fast.tasks import Predictor, draw, predict
-from stgcma_fast.tasks.predict import encode_question, folder_names
-from stgcma_fast.tasks.trained import DESCRIPTION, PREFIX, Description, saved_state
+from stgcma_fast.tasks.predict import encode_question, find_clips, folder_names
+from stgcma_fast.tasks.trained import DESCRIPTION, PREFIX, Description, backbone_digest, saved_state
 from tests.data.conftest import numbered_frame, write_video
 from tests.support.models import TINY_SWIN, seed, tiny_config
 
@@ -439,11 +439,19 @@ def test_adapters_beside_their_backbone(clips, tmp_path):
     torch.save({"model": frozen}, tmp_path / "swin.pth")
     load_pretrained(model, tmp_path / "swin.pth")  # audio's patches come from the file, too
     whole = Predictor(save(tmp_path / "whole.ckpt", model))(clips / "b wide.mp4")
-    changes = {"weights": "adapters", "pretrained": str(tmp_path / "gone.pth")}
+    changes = {"weights": "adapters", "pretrained": str(tmp_path / "gone.pth"), "backbone": backbone_digest(model)}
     adapters = save(tmp_path / "adapters.ckpt", model, **changes)
     assert run(clips, "--checkpoint", adapters, "--out", tmp_path / "out", "--pretrained", tmp_path / "swin.pth") == 0
     values = strict_json(tmp_path / "out/b wide/prediction.json")
     assert values["segments"] == whole.to_dict()["segments"]
+
+
+def test_hidden_files_of_a_folder_are_no_clips(tmp_path):
+    """macOS keeps a second file beside each on other file systems."""
+    for name in ("b.mp4", "._b.mp4", "a.webm"):
+        (tmp_path / name).touch()
+    assert find_clips([tmp_path]) == ([tmp_path / "a.webm", tmp_path / "b.mp4"], [])
+    assert find_clips([tmp_path / "._b.mp4"]) == ([tmp_path / "._b.mp4"], [])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

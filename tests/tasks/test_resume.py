@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from stgcma_fast.tasks.curves import read_logs
 from tests.support import processes
 
 # Checkpoints to go on from: behind the steps 2 and 6, and at the end of both epochs of 4 steps.
@@ -121,6 +122,21 @@ def test_a_stopped_training_says_how_it_goes_on(
     assert "the same command goes on from" in output.read_text()
     assert processes.run(arguments, output) == 0, output.read_text()
     assert_same(tmp_path, unbroken("ave", **EVERY))
+
+
+def test_an_evaluation_in_the_middle_of_an_epoch_is_not_left_out(
+    fit_args: Callable[..., list[str]], unbroken: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A checkpoint is due where an evaluation follows, which whoever goes on from it would not do."""
+    settings = {"save_every": 2, "trainer__val_check_interval": 0.5, "trainer__max_epochs": 1}
+    arguments, output = ["fit", *fit_args("ave", tmp_path, **settings)], tmp_path / "output"
+    # With what is evaluated before training, and again when it goes on.
+    assert processes.run([*arguments, kill("validation", 1)], output) == -signal.SIGKILL, output.read_text()
+    assert processes.run(arguments, output) == 0, output.read_text()
+    whole = unbroken("ave", **settings)
+    assert_same(tmp_path, whole)
+    assert sorted(read_logs(whole)["val/loss"]) == [1, 3]
+    assert read_logs(tmp_path)["val/loss"] == read_logs(whole)["val/loss"]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from torch import Tensor
 from stgcma_fast import FastSTGCMA, ModelConfig, SwinConfig, cli
 from stgcma_fast.reference.model import is_trainable
 from stgcma_fast.tasks import training
+from stgcma_fast.tasks.callbacks import WholeCheckpoints
 from stgcma_fast.tasks.curves import read_logs
 from stgcma_fast.tasks.module import STGCMAModule
 from stgcma_fast.tasks.trained import load_trained
@@ -289,7 +290,7 @@ def test_on_error_skip_trains_without_files_that_are_missing(ave_root, fit_args,
         ({"data__root": "nowhere"}, ["nowhere", "no such folder"]),
         ({"data__batch_size": 100}, ["'train' of 9 items", "no whole batch of 100"]),
         ({"trainer__max_epochs": -1}, ["neither max_epochs nor max_steps"]),
-        ({"average": [1, 3]}, ["average", "1 to 3", "max_epochs 2"]),
+        ({"average": [1, 3]}, ["average", "1 to 3", "max_epochs 2", "--average null"]),
         ({"average": [2, 1]}, ["average", "2 to 1"]),
         ({"average": [1, 2], "trainer__max_epochs": "null", "trainer__max_steps": 8}, ["average", "max_epochs None"]),
         ({"trainer__devices": 0}, ["devices", "cpu accelerator"]),
@@ -300,7 +301,8 @@ def test_on_error_skip_trains_without_files_that_are_missing(ave_root, fit_args,
         ({"model__adapters": "base"}, ["adapters", "'base'", "numbers"]),
         ({"model__pretrained": "nowhere.pth"}, ["nowhere.pth"]),
         ({"model__save": "adapters"}, ["save", "'adapters'", "random backbone"]),
-        ({"model__lr": 1e-7}, ["minimum 2e-06", "base 1e-07"]),
+        ({"model__lr": 1e-7}, ["lr: got 1e-07", "min_lr 2e-06"]),
+        ({"model__lr": 1e-5, "model__head_lr": 0.1}, ["lr * head_lr: got 1e-06", "min_lr 2e-06"]),
         ({"model__switches": {"fusion": "sideways"}}, ["fusion", "'sideways'"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
@@ -354,6 +356,96 @@ def test_a_checkpoint_of_another_model_or_a_broken_one(run, fit_args, backbone, 
         assert_says(line, str(path), "truncated")
     line = refusal(["test", *fit_args("ave", tmp_path / "empty", **options(backbone))], capsys)
     assert_says(line, str(tmp_path / "empty"), "average.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model__pretrained": "other.pth"}, ["trained beside the weights of", "others, of", "other.pth"]),
+        ({"model__pretrained": "random"}, ["trained beside the weights of", "others, random ones"]),
+    ],
+    ids=["another", "none"],
+)
+def test_adapters_beside_another_backbone_are_refused(change, named, run, fit_args, backbone, tmp_path, monkeypatch, capsys):
+    """In training, evaluation and prediction: nothing of their shapes would tell."""
+    monkeypatch.chdir(tmp_path)
+    state = torch.load(backbone, weights_only=True)["model"]
+    state["norm.weight"] = state["norm.weight"] + 1
+    torch.save({"model": state}, "other.pth")
+    folder = shutil.copytree(run, tmp_path / "run")
+    for command in ("fit", "validate", "test"):
+        assert_says(refusal([command, *fit_args("ave", folder, **options(backbone, **change))], capsys), *named)
+    if change["model__pretrained"] != "random":
+        with pytest.raises(ValueError, match="trained beside the weights of"):
+            load_trained(folder, pretrained="other.pth")
+    # The same weights may lie elsewhere.
+    moved = shutil.copy(backbone, tmp_path / "moved.pth")
+    load_trained(folder, pretrained=moved)
+
+
+def test_a_run_does_not_go_on_with_other_data_or_another_backbone(run, fit_args, backbone, ave_root, tmp_path, capsys):
+    """The rates of its steps were laid out for as many clips; a whole model is not continued as adapters of a file."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    line = refusal(["fit", *fit_args("ave", folder, **options(backbone, trainer__limit_train_batches=0.5))], capsys)
+    assert_says(line, "trainer.limit_train_batches 1.0 (here 0.5)")
+    root = shutil.copytree(ave_root, tmp_path / "data")
+    lines = (root / "trainSet.txt").read_text().splitlines()
+    (root / "trainSet.txt").write_text("\n".join(lines[:-1]) + "\n")
+    line = refusal(["fit", *fit_args("ave", folder, **options(backbone, data__root=root))], capsys)
+    assert_says(line, f"data.train_clips {len(lines)} (here {len(lines) - 1})")
+    drawn = tmp_path / "drawn"
+    assert cli.main(["fit", *fit_args("ave", drawn, save_every=1, **SHORT)]) == 0
+    line = refusal(["fit", *fit_args("ave", drawn, model__pretrained=backbone, **SHORT)], capsys)
+    assert_says(line, "save 'full' (here 'adapters')")
+
+
+def test_a_new_training_does_not_take_up_what_an_old_one_left(run, fit_args, backbone, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "run")
+    checkpoints = folder / "checkpoints"
+    (checkpoints / "last.ckpt").unlink()
+    line = refusal(["fit", *fit_args("ave", folder, **options(backbone))], capsys)
+    assert_says(line, str(checkpoints / "average.ckpt"), "begin anew", "--trainer.default_root_dir")
+    (checkpoints / "average.ckpt").unlink()
+    assert cli.main(["fit", *fit_args("ave", folder, **options(backbone, trainer__max_steps=EPOCH))]) == 0
+    assert not (checkpoints / "average.ckpt").exists()
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["best.ckpt", "epoch-01.ckpt", "last.ckpt"]
+
+
+def test_a_trial_run_leaves_nothing(fit_args, tmp_path):
+    """`--trainer.fast_dev_run` is before a training, with the same command."""
+    assert cli.main(["fit", *fit_args("ave", tmp_path, save_every=1, trainer__fast_dev_run=True)]) == 0
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_scores_of_another_run_have_its_name(run, fit_args, backbone, tmp_path):
+    args = fit_args("ave", tmp_path / "mine", **options(backbone))
+    assert cli.main(["test", *args, f"--checkpoint={run}"]) == 0
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [f"{run.name}_average_test.json"]
+
+
+def test_a_limit_of_one_batch_is_no_share(fit_args, tmp_path):
+    """In a process of its own: it depends on what was imported before Lightning."""
+    options = {"trainer__limit_train_batches": 1, "trainer__limit_val_batches": 0.5}
+    command = [sys.executable, "-m", "stgcma_fast.cli", "fit", *fit_args("ave", tmp_path, **options), "--print_config"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "  limit_train_batches: 1\n" in done.stdout
+    assert "  limit_val_batches: 0.5\n" in done.stdout
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_a_full_disk_names_the_checkpoint_and_keeps_the_old_one(error, tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    WholeCheckpoints().save_checkpoint({"a": 1}, path)
+    before = path.read_bytes()
+
+    def save(checkpoint: dict[str, Any], file: Any) -> None:
+        file.write(b"half of it")
+        raise error
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match=f"{path} can not be written.*(No space left|unexpected pos)"):
+        WholeCheckpoints().save_checkpoint({"a": 2}, path)
+    assert [(file, file.read_bytes()) for file in tmp_path.iterdir()] == [(path, before)]
 
 
 # -------------------------------------------------------------------------------------------- Every task and precision
