@@ -65,11 +65,10 @@ bench-data: venv
 
 # A GPU may be lent for ten minutes at a time: each target fits into that by the limits of its parts, in seconds. What matters most
 # comes first, and what is compiled, which takes minutes, last.
-# By whom; what is compiled by PyTorch takes minutes.
-OPERATORS = $(BIN)/python -m pytest benchmarks/ops $(foreach provider,$(1),--provider $(provider)) --device cuda --json auto $(END)
-UNCOMPILED = reference fast flash_attn xformers sdpa_flash sdpa_cudnn sdpa_efficient sdpa_math
 RACE = --impl reference fast fast_graph $(1) --device cuda --json auto $(END)
 COMPILED = --impl compiled $(1) --device cuda --json auto $(END)
+OPERATORS = $(BIN)/python -m pytest benchmarks/ops $(foreach provider,$(1),--provider $(provider)) --device cuda --json auto $(END)
+UNCOMPILED = reference fast flash_attn xformers sdpa_flash sdpa_cudnn sdpa_efficient sdpa_math
 
 bench-gpu: venv
 	@$(BEGIN) \
