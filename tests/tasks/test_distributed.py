@@ -79,7 +79,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(
         arguments = fit_args(task, folder, **(DDP if ranks == 2 else {}))
         command = ["validate", *arguments, f"--checkpoint={tmp_path}"]
         assert processes.run_ranks([command] * ranks, output) == [0] * ranks, output.read_text()
-        scores.append(json.loads((folder / "last_val.json").read_text())["scores"])
+        scores.append(json.loads((folder / f"{tmp_path.name}_last_val.json").read_text())["scores"])
     assert scores[0].pop("loss") == pytest.approx(scores[1].pop("loss"), rel=1e-6)
     assert scores[0] == scores[1]
     assert len(scores[0]) >= 1
