@@ -46,7 +46,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Kernels are compiled on the CPU, most of the time, so that four processes share the GPU.
+# Four processes share the GPU, for every kernel is compiled on the CPU first.
 test-gpu: venv
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu -n 4 --dist worksteal
 

@@ -33,9 +33,11 @@ class WholeCheckpoints(CheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)
-        except (OSError, RuntimeError) as error:  # PyTorch's own where a disk is full
+        except (OSError, RuntimeError) as error:
             part.unlink(missing_ok=True)
-            raise OSError(f"{path} can not be written, what was there before it stays: {error}") from error
+            # On a full disk PyTorch ends with a position that it did not expect, and the disk's own error is behind that.
+            cause = error.__context__ or error
+            raise OSError(f"{path} can not be written, what was there before it stays: {cause}") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         try:

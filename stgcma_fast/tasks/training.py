@@ -153,7 +153,7 @@ def main(command: str, args: Sequence[str]) -> int:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     # Lightning asks PyTorch in an old way for each batch, and cannot know that scores are already those of all processes.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
-    warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\('val/.*sync_dist=True")
+    warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\('(val|test)/.*sync_dist=True")
     try:
         cli = _CLI(command, args)
     except (MisconfigurationException, ModuleNotFoundError) as error:  # as of an accelerator or a logger that is not there
